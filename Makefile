@@ -1,0 +1,52 @@
+# The project's three commands. Each sets up what it needs, in .venv and node_modules.
+#
+#   make book           run every chapter and build the book; QUICK=1 runs them with the parameters of book/quick.yml
+#   make test           the fast tests; ARGS="..." goes to pytest
+#   make lint           ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+VENDOR := book/_assets/vendor
+
+.PHONY: help book test lint assets clean
+
+help:
+	@echo "make book    run every chapter, build the book (QUICK=1: small parameters)"
+	@echo "make test    fast tests (ARGS=... for pytest)"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove what was built; .venv and data stay"
+
+book: $(INSTALLED) assets
+	$(BIN)/python book/build.py $(if $(QUICK),--quick)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[book,dev]"
+	@touch $@
+
+# The scripts that pages load, so that the book works offline. Without npm they come over the network.
+assets:
+	@if ! command -v npm >/dev/null; then \
+	  echo "npm is not here: widgets and formulae of the book will be loaded over the network."; \
+	elif ! $(MAKE) --no-print-directory $(VENDOR)/.fetched; then \
+	  echo "npm could not fetch the scripts: widgets and formulae of the book will be loaded over the network."; \
+	fi
+
+$(VENDOR)/.fetched: package.json package-lock.json
+	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	mkdir -p $(VENDOR)
+	cp node_modules/requirejs/require.js node_modules/@jupyter-widgets/html-manager/dist/embed-amd.js \
+	  node_modules/mathjax/es5/tex-svg.js $(VENDOR)
+	@touch $@
+
+clean:
+	rm -rf book/_build $(VENDOR) node_modules build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
