@@ -1,0 +1,246 @@
+"""Relevance-guided training: `Guidance` scales the gradients of a model by relevance while it trains.
+
+Thesis 6.1.2 and Algorithm 1: in each step, after the forward pass, one relevance pass runs over the same graph, and in
+the ordinary backward pass that follows, the gradient that reaches the output of each guided layer is multiplied by
+``1 + factor R``. The scaled gradient goes on to the layers below, so factors compound downwards. The layer that makes
+the network's output is left alone. Not here: the training loop (`athena.training`, or the user's own).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from athena.layers import AffineLRP, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
+from athena.relevance import RuleFor, Target, as_function, propagate, start
+from athena.rules import Epsilon
+
+__all__ = ["DivergedError", "Guidance"]
+
+SCOPES: dict[str, tuple[type, ...]] = {
+    "all": (LinearLRP, ConvolutionalLRP),
+    "linear": (LinearLRP,),
+    "convolutional": (ConvolutionalLRP,),
+}
+NORMALISE = (None, "max", "rms")
+GRANULARITY = ("sample", "neuron")
+
+
+class DivergedError(ArithmeticError):
+    """Scaling by relevance has made a gradient infinite or not a number.
+
+    Attributes:
+        step: the guided step, counted from 1.
+        layer: the module path of the uppermost layer whose scaled gradient is not finite.
+    """
+
+    def __init__(self, step: int, layer: str, factor: float) -> None:
+        super().__init__(
+            f"step {step}: the gradient at {layer!r} is not finite after scaling by 1 + {factor:g} * relevance; take "
+            "a smaller factor, normalise='max', or on_divergence='record' to go on and look at it afterwards"
+        )
+        self.step, self.layer = step, layer
+
+
+class Guidance:
+    """Guides the training of `model` by relevance from now on, until `remove` or the end of a ``with`` block.
+
+    It acts on forward passes in training mode with gradients enabled. A pass in eval mode or under ``no_grad``, and
+    one whose factors are all 0, is exactly the model's own.
+
+    Args:
+        model: the network, which maps a batch to (batch, classes). Its parameters and its code stay as they are.
+        factor: the LRP factor, lambda in thesis 6.1.2. One number, or ``{module path: number}``, whose keys are then
+            the guided layers. Negative numbers damp what is relevant.
+        rule: as for `athena.lrp`.
+        scope: which layers are guided: ``"all"``, ``"linear"``, ``"convolutional"``, or a list of module paths.
+        target: what relevance starts from, as for `athena.lrp`, or ``"label"``: the logit of the true class; then set
+            ``guidance.labels = y`` before each forward pass.
+        normalise: None as in the thesis, or divide the relevance of each sample in each layer by its largest
+            magnitude (``"max"``) or its root mean square (``"rms"``).
+        granularity: ``"sample"``, one relevance for each neuron and sample as in the thesis, or ``"neuron"``, the
+            mean over the batch.
+        on_divergence: ``"raise"`` a `DivergedError` out of the backward pass, before the optimiser can take the step,
+            or ``"record"`` the first one in `diverged` and go on.
+
+    Attributes:
+        labels: (batch,) class indices for the next forward pass, with ``target="label"``; used up by it.
+        step: how many forward passes have been guided.
+        diverged: the `DivergedError` recorded, or None.
+
+    Raises:
+        ValueError, TypeError: an argument is none of the above; the message names the value and what there is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        factor: float | Mapping[str, float] = 0.1,
+        rule: RuleFor = Epsilon(),  # noqa: B008
+        scope: str | Sequence[str] = "linear",
+        target: Target = None,
+        normalise: str | None = None,
+        granularity: str = "sample",
+        on_divergence: str = "raise",
+    ) -> None:
+        _one_of("normalise", normalise, NORMALISE)
+        _one_of("granularity", granularity, GRANULARITY)
+        _one_of("on_divergence", on_divergence, ("raise", "record"))
+        self.model, self.factor, self.rule, self.scope, self.target = model, factor, as_function(rule), scope, target
+        self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
+        self._paths = Paths(model)
+        self._check()
+        self.labels: Tensor | None = None
+        self.step = 0
+        self.diverged: DivergedError | None = None
+        self._pass: Interception | None = None
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Ends the guidance; the model trains plainly again."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _check(self) -> None:
+        """Raises where factor, scope or target is not of the form documented."""
+        factors = dict(self.factor) if isinstance(self.factor, Mapping) else {"": self.factor}
+        for path, factor in factors.items():
+            if not isinstance(factor, int | float) or not math.isfinite(factor):
+                raise TypeError(f"factor{f' of {path!r}' if path else ''} is {factor!r}; give a finite number")
+        if isinstance(self.target, str):
+            _one_of("target", self.target, ("softmax", "logits", "label"))
+        paths = set(factors) - {""}
+        if isinstance(self.scope, str):
+            _one_of("scope", self.scope, tuple(SCOPES), "or a list of module paths")
+        else:
+            paths.update(self.scope)
+        known = {path.removesuffix(".weight") for path, _ in self.model.named_parameters() if not path.endswith("bias")}
+        if unknown := sorted(paths - known):
+            raise ValueError(f"the model has no layer with weights at {unknown}; it has {sorted(known)}")
+
+    def _factor_at(self, path: str, layer: type) -> float:
+        """The factor of a layer; 0 where it is not guided."""
+        if isinstance(self.factor, Mapping):
+            return float(self.factor.get(path, 0.0))
+        inside = layer in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope
+        return float(self.factor) if inside else 0.0
+
+    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
+        factors = self.factor.values() if isinstance(self.factor, Mapping) else [self.factor]
+        if model.training and torch.is_grad_enabled() and any(factors) and self._pass is None:
+            self._pass = Interception(self._paths, self.rule, lambda path, layer: self._factor_at(path, layer) != 0)
+            self._pass.__enter__()
+
+    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        interception, self._pass = self._pass, None
+        if interception is None:
+            return
+        interception.__exit__(None, None, None)
+        if output is not None:  # None: the forward pass itself has raised
+            self.step += 1
+            self._guide(interception, output)
+
+    def _guide(self, interception: Interception, output: Tensor) -> None:
+        """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
+        relevance = start(output, self._target())
+        layers = [
+            (record, edge)
+            for record, edge in zip(interception.records, interception.edges, strict=True)
+            if issubclass(record.layer, AffineLRP)
+        ]
+        makers = _makers_of(output, {edge.node for _, edge in layers})
+        guided = [
+            (record, edge, factor)
+            for record, edge in layers
+            if (factor := self._factor_at(record.path.partition("#")[0], record.layer)) and edge.node not in makers
+        ]
+        if not guided:
+            raise UnsupportedLayer(
+                f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
+                "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
+            )
+        ds = propagate(output, relevance, [edge for _, edge, _ in guided], interception, keep_graph=True)
+        reached = [(record, factor, d) for (record, _, factor), d in zip(guided, ds, strict=True) if d is not None]
+        watch = _Watch(self, {record.path for record, _, _ in reached})
+        for record, factor, d in reached:
+            record.scale = partial(watch.scale, self._shaped(record.z * d), factor, record.path)
+        for record in interception.records:
+            del record.z, record.modified
+
+    def _target(self) -> Target:
+        if not (isinstance(self.target, str) and self.target == "label"):
+            return self.target
+        labels, self.labels = self.labels, None
+        if labels is None:
+            raise RuntimeError("target='label' needs the classes: set guidance.labels = y before each forward pass")
+        return labels
+
+    def _shaped(self, relevance: Tensor) -> Tensor:
+        """The relevance of one layer, normalised and averaged as asked for."""
+        if self.normalise is not None:
+            size = relevance.flatten(1)
+            size = size.abs().amax(1) if self.normalise == "max" else size.square().mean(1).sqrt()
+            relevance = relevance / stabilised(size, 0.0).view(-1, *[1] * (relevance.dim() - 1))
+        return relevance.mean(0, keepdim=True) if self.granularity == "neuron" else relevance
+
+
+class _Watch:
+    """Scales the gradients of one backward pass, and looks once, at its end, whether all of them are finite."""
+
+    def __init__(self, guidance: Guidance, paths: set[str]) -> None:
+        self.guidance, self.step, self.paths = guidance, guidance.step, paths
+        self.sums: dict[str, tuple[float, Tensor]] = {}
+
+    def scale(self, relevance: Tensor, factor: float, path: str, gradient: Tensor) -> Tensor:
+        scaled = torch.addcmul(gradient, gradient, relevance.to(gradient.dtype), value=factor)
+        self.sums.pop(path, None)
+        self.sums[path] = factor, scaled.sum(dtype=torch.float32)
+        if self.sums.keys() == self.paths:
+            self._look()
+        return scaled
+
+    def _look(self) -> None:
+        """One wait for the device in a step. The first sum in the order of the backward pass is the uppermost layer."""
+        finite = torch.stack([total for _, total in self.sums.values()]).isfinite().tolist()
+        sums, self.sums = self.sums, {}
+        for (path, (factor, _)), good in zip(sums.items(), finite, strict=True):
+            if not good:
+                error = DivergedError(self.step, path, factor)
+                if self.guidance.on_divergence == "raise":
+                    raise error
+                self.guidance.diverged = self.guidance.diverged or error
+                return
+
+
+def _makers_of(output: Tensor, layers: set[Any]) -> set[Any]:
+    """Those of the graph nodes `layers` that make the output: it reaches them without passing another one."""
+    makers: set[Any] = set()
+    seen: set[Any] = set()
+    ahead = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in layers:
+            makers.add(node)
+        else:
+            ahead.extend(below for below, _ in node.next_functions)
+    return makers
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...], otherwise: str = "") -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))} {otherwise}".rstrip())

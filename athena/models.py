@@ -1,0 +1,60 @@
+"""The two networks of thesis table 6.1. Any other PyTorch model works with this package as well."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+__all__ = ["cnn", "mlp"]
+
+
+def mlp(channels: int = 1, classes: int = 10) -> nn.Sequential:
+    """The multi-layer network of table 6.1: 1024 inputs, layers of 1024, 512 and `classes` neurons, ReLU between.
+
+    Takes (batch, channels, 32, 32), gives logits (batch, classes). With more than one channel the first layer has
+    1024 inputs for each.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(channels * 32 * 32, 1024),
+            relu1=nn.ReLU(),
+            linear2=nn.Linear(1024, 512),
+            relu2=nn.ReLU(),
+            linear3=nn.Linear(512, classes),
+        )
+    )
+
+
+def cnn(channels: int = 3, classes: int = 10) -> nn.Sequential:
+    """The convolutional network of table 6.1: five 3x3 convolutions, three poolings, the linear part of `mlp`.
+
+    Takes (batch, channels, 32, 32), gives logits (batch, classes). The table leaves kernel and padding open; 3x3
+    with padding 1 keeps the image size, so that the linear part starts from 256 maps of 4x4.
+    """
+
+    def convolution(inputs: int, outputs: int) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
+
+    return nn.Sequential(
+        OrderedDict(
+            conv1=convolution(channels, 64),
+            relu1=nn.ReLU(),
+            conv2=convolution(64, 64),
+            relu2=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),
+            conv3=convolution(64, 128),
+            relu3=nn.ReLU(),
+            conv4=convolution(128, 128),
+            relu4=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),
+            conv5=convolution(128, 256),
+            relu5=nn.ReLU(),
+            pool3=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(256 * 4 * 4, 1024),
+            relu6=nn.ReLU(),
+            linear2=nn.Linear(1024, 512),
+            relu7=nn.ReLU(),
+            linear3=nn.Linear(512, classes),
+        )
+    )

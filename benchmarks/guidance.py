@@ -1,0 +1,271 @@
+"""What one guided training step costs beside a plain one, and beside the method built as the thesis describes it.
+
+    python benchmarks/guidance.py --steps 20 --threads 1 --device cpu
+
+All arms of a network take their steps in turn in one process, so that whatever else the machine does hits them alike.
+A step is forward, loss, backward and fused Adam on 64 random images. Nothing here tests the package; the third arm,
+`Literal`, is checked against the formulas in tests/test_guidance.py.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+import athena
+from athena.models import cnn, mlp
+from athena.rules import Epsilon, Rule, Zero
+
+BATCH = 64
+WARM_UP = 3
+
+# The thesis's manner (6.1.4, 6.1.5): one autograd function for each layer, which saves input, weight and bias, computes
+# its output once more in the backward pass to apply the rule, and hands relevance on through a global cache.
+_relevance_cache: list[Tensor] = []
+
+
+def set_relevance_cache(relevance: Tensor) -> None:
+    _relevance_cache[:] = [relevance]
+
+
+def get_relevance_cache(like: Tensor) -> Tensor:
+    if not _relevance_cache:
+        raise RuntimeError("no relevance in the cache: the layer above has not run its backward pass")
+    return _relevance_cache.pop().view_as(like)
+
+
+class Setting(NamedTuple):
+    """What a literal layer knows: LRP factor, epsilon of its rule (0: LRP-0), padding, whether it makes the output."""
+
+    factor: float
+    epsilon: float
+    padding: int | tuple[int, ...]
+    is_output: bool
+
+
+def predicted_logit(output: Tensor) -> Tensor:
+    best = output.argmax(1, keepdim=True)
+    return torch.zeros_like(output).scatter_(1, best, output.gather(1, best))
+
+
+def quotient(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    if epsilon == 0:
+        return torch.where(relevance == 0, torch.zeros_like(z), relevance / z)
+    return relevance / torch.where(z >= 0, z + epsilon, z - epsilon)
+
+
+def use_relevance(gradient: Tensor, z: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """The gradient scaled by relevance, except in the output layer, and the relevance of this layer's output."""
+    if setting.is_output:
+        return gradient, predicted_logit(z)
+    relevance = get_relevance_cache(gradient)
+    return gradient * (1 + setting.factor * relevance), relevance
+
+
+class LinearLiteral(torch.autograd.Function):
+    """The thesis's LinearLRP."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, setting: Setting) -> Tensor:
+        """The ordinary output; what the backward pass needs is saved."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.setting = setting
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled by the relevance from the cache; the cache then holds the relevance of the input."""
+        x, weight, bias = ctx.saved_tensors
+        z = F.linear(x, weight, bias)
+        gradient, relevance = use_relevance(gradient, z, ctx.setting)
+        set_relevance_cache(x * (quotient(relevance, z, ctx.setting.epsilon) @ weight))
+        below = gradient @ weight if ctx.needs_input_grad[0] else None
+        return below, gradient.T @ x, gradient.sum(0), None
+
+
+class ConvolutionLiteral(torch.autograd.Function):
+    """The thesis's ConvolutionalLRP, stride 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, setting: Setting) -> Tensor:
+        """The ordinary output; what the backward pass needs is saved."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.setting = setting
+        return F.conv2d(x, weight, bias, padding=setting.padding)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled by the relevance from the cache; the cache then holds the relevance of the input."""
+        x, weight, bias = ctx.saved_tensors
+        padding = ctx.setting.padding
+        z = F.conv2d(x, weight, bias, padding=padding)
+        gradient, relevance = use_relevance(gradient, z, ctx.setting)
+        s = quotient(relevance, z, ctx.setting.epsilon)
+        set_relevance_cache(x * F.conv_transpose2d(s, weight, padding=padding))
+        below = F.conv_transpose2d(gradient, weight, padding=padding) if ctx.needs_input_grad[0] else None
+        of_weight = conv2d_weight(x, weight.shape, gradient, padding=padding)
+        return below, of_weight, gradient.sum((0, 2, 3)), None
+
+
+class MaxPoolingLiteral(torch.autograd.Function):
+    """The thesis's MaxPoolingLRP: gradient and relevance both go to the winner."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> Tensor:
+        """The ordinary output; what the backward pass needs is saved."""
+        z, winners = F.max_pool2d(x, size, return_indices=True)
+        ctx.save_for_backward(winners)
+        ctx.size, ctx.shape = size, x.shape
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled by the relevance from the cache; the cache then holds the relevance of the input."""
+        (winners,) = ctx.saved_tensors
+        relevance = get_relevance_cache(gradient)
+        set_relevance_cache(F.max_unpool2d(relevance, winners, ctx.size, output_size=ctx.shape))
+        return F.max_unpool2d(gradient, winners, ctx.size, output_size=ctx.shape), None
+
+
+class Literal(nn.Module):
+    """A chain of linear, 3x3-like convolutional, ReLU, max pooling and flatten layers, guided in the thesis's manner.
+
+    Args:
+        model: the chain; its parameters are used as they are.
+        scope: "all", or "linear" for its linear part alone.
+        factor: the LRP factor.
+        epsilon: of the rule; 0 is LRP-0.
+    """
+
+    def __init__(self, model: nn.Sequential, scope: str, factor: float, epsilon: float) -> None:
+        super().__init__()
+        self.model = model
+        layers = list(model)
+        whole = scope == "all"
+        self._layers: list[Callable[[Tensor], Tensor]] = []
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                setting = Setting(factor, epsilon, 0, layer is layers[-1])
+                self._layers.append(self._affine(LinearLiteral, layer, setting))
+            elif isinstance(layer, nn.Conv2d) and whole:
+                assert not isinstance(layer.padding, str)
+                setting = Setting(factor, epsilon, tuple(layer.padding), False)
+                self._layers.append(self._affine(ConvolutionLiteral, layer, setting))
+            elif isinstance(layer, nn.MaxPool2d) and whole:
+                self._layers.append(self._pooling(layer))
+            else:
+                self._layers.append(layer)
+
+    @staticmethod
+    def _affine(function: Any, layer: nn.Module, setting: Setting) -> Callable[[Tensor], Tensor]:
+        return lambda x: function.apply(x, layer.weight, layer.bias, setting)
+
+    @staticmethod
+    def _pooling(layer: nn.MaxPool2d) -> Callable[[Tensor], Tensor]:
+        return lambda x: MaxPoolingLiteral.apply(x, layer.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        for layer in self._layers:
+            x = layer(x)
+        return x
+
+
+class Arm:
+    """One way to train: its own copy of the network, its own Adam, the seconds of each of its steps."""
+
+    def __init__(self, name: str, network: nn.Sequential, wrap: Callable[[nn.Sequential], nn.Module]) -> None:
+        self.name, network = name, copy.deepcopy(network)
+        self.model = wrap(network)
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+        self.seconds: list[float] = []
+        self.bytes = 0
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        """One timed training step."""
+        on_gpu = x.is_cuda
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            standing = torch.cuda.memory_allocated()
+        began = time.perf_counter()
+        F.cross_entropy(self.model(x), labels).backward()
+        self.optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - began)
+        if on_gpu:
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated() - standing)
+        self.optimizer.zero_grad()
+        _relevance_cache.clear()
+
+
+def guided(scope: str, rule: Rule) -> Callable[[nn.Sequential], nn.Module]:
+    def wrap(network: nn.Sequential) -> nn.Module:
+        athena.Guidance(network, factor=0.1, scope=scope, rule=rule)
+        return network
+
+    return wrap
+
+
+def literal(scope: str, rule: Rule) -> Callable[[nn.Sequential], nn.Module]:
+    return lambda network: Literal(network, scope, factor=0.1, epsilon=rule.stabiliser)
+
+
+def measure(network: nn.Sequential, channels: int, cases: list[tuple[str, Rule]], steps: int, device: str) -> list[Arm]:
+    network = network.to(device)
+    arms = [Arm("plain PyTorch", network, lambda plain: plain)]
+    for scope, rule in cases:
+        arms.append(Arm(f"ATHENA, {scope}, {rule}", network, guided(scope, rule)))
+        arms.append(Arm(f"thesis's manner, {scope}, {rule}", network, literal(scope, rule)))
+    for step in range(WARM_UP + steps):
+        x = torch.randn(BATCH, channels, 32, 32, device=device)
+        labels = torch.randint(10, (BATCH,), device=device)
+        for turn in range(len(arms)):
+            arms[(step + turn) % len(arms)].step(x, labels)
+    for arm in arms:
+        del arm.seconds[:WARM_UP]
+    return arms
+
+
+def table(title: str, arms: list[Arm]) -> str:
+    plain = arms[0].seconds
+    memory = any(arm.bytes for arm in arms)
+    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}" + (f"{'MiB in step':>13}" if memory else "")]
+    for arm in arms:
+        ratio = statistics.median(own / other for own, other in zip(arm.seconds, plain, strict=True))
+        line = f"{arm.name:<44}{1000 * statistics.median(arm.seconds):>11.2f}{ratio:>10.2f}"
+        lines.append(line + (f"{arm.bytes / 2**20:>13.1f}" if memory else ""))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The cost of one guided training step.")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(
+        f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, "
+        f"{options.steps} steps; median time, and median over rounds of the ratio to plain in the same round"
+    )
+    settings: list[tuple[str, nn.Sequential, int, list[tuple[str, Rule]]]] = [
+        ("MLP", mlp(), 1, [("all", Zero()), ("all", Epsilon(1e-6))]),
+        ("CNN", cnn(), 3, [("linear", Epsilon(1e-6)), ("all", Zero()), ("all", Epsilon(1e-6))]),
+    ]
+    for title, network, channels, cases in settings:
+        arms = measure(network, channels, cases, options.steps, options.device)
+        print("", table(title, arms), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
