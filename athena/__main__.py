@@ -1,0 +1,100 @@
+"""The command line: ``athena data | train | sweep | report``."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+from athena import data, experiments, statistics, training
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+StudyFile = Annotated[Path, typer.Argument(help="A study, such as studies/mnist-factors.toml", exists=True)]
+Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda; by default a GPU if there is one")]
+
+
+@app.command("data")
+def show_data(
+    download: Annotated[bool, typer.Option("--download", help="Fetch what is missing into $ATHENA_DATA")] = False,
+) -> None:
+    """Shows which data sets are here, from where, and their fingerprints."""
+    typer.echo(f"In {data.folder()}:")
+    typer.echo(data.inventory(download).to_string(index=False))
+
+
+@app.command()
+def train(
+    model: str = "mlp",
+    dataset: str = "mnist",
+    fraction: Annotated[float, typer.Option(help="Share of the training set, above 0 and at most 1")] = 0.05,
+    factor: Annotated[float, typer.Option(help="The LRP factor; 0 trains plainly")] = 0.0,
+    target: Annotated[str, typer.Option(help="Where relevance starts")] = "predicted",
+    scope: Annotated[str, typer.Option(help="Which layers are guided: all, linear, convolutional")] = "linear",
+    rule: Annotated[str, typer.Option(help="How relevance is shared out")] = "Epsilon(1e-6)",
+    epochs: int = 3,
+    seed: int = 0,
+    device: Device = None,
+) -> None:
+    """Trains one network and prints its accuracy after each epoch."""
+    run = training.Run(model, dataset, fraction, factor, seed, epochs, rule, target, scope)
+    result = training.train(run, device)
+    for epoch, accuracy in enumerate(result.accuracy, 1):
+        typer.echo(f"epoch {epoch}: {accuracy:.2%} of the test set")
+    typer.echo(f"{result.seconds:.1f} s of training on {result.device}")
+    if result.diverged:
+        typer.echo(f"diverged in step {result.diverged['step']}, at {result.diverged['layer']}")
+
+
+@app.command()
+def sweep(
+    study: StudyFile,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default as many as the cores allow")] = None,
+    dask: Annotated[str | None, typer.Option(help="Train on the workers of this Dask scheduler instead")] = None,
+    device: Device = None,
+) -> None:
+    """Runs what is missing of a study, cheapest first. Stop it when you like; the same command goes on."""
+    plan = experiments.Study.read(study)
+    others = [experiments.Store(path) for path in plan.store.path.parent.glob("*.jsonl") if path != plan.store.path]
+    experiments.sweep(plan.runs, plan.store, workers=workers, dask=dask, device=device, also=others)
+    typer.echo(f"{plan.store.path}: {len(plan.runs)} runs")
+
+
+@app.command()
+def report(study: StudyFile) -> None:
+    """Prints what a study has measured so far, beside the thesis's table where it repeats one."""
+    plan = experiments.Study.read(study)
+    done = experiments.results(plan.name)
+    done = done[done["key"].isin({run.key for run in plan.runs})]
+    typer.echo(f"{plan.title}\n{plan.question.strip()}\n\n{len(done)} of {len(plan.runs)} runs.\n")
+    table = statistics.compare(done)
+    if plan.thesis_table:
+        table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
+    typer.echo(in_percent(table).to_string(index=False))
+
+
+def in_percent(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
+    shown = table.copy()
+    for column in ("baseline_mean", "mean", "difference", "low", "high"):
+        shown[column] = (100 * shown[column]).round(2)
+    for column in ("p", "p_holm"):
+        shown[column] = shown[column].round(3)
+    if not shown["unpaired"].any():
+        shown = shown.drop(columns="unpaired")
+    return shown.rename(columns={"baseline_mean": "plain", "mean": "guided"})
+
+
+def main() -> None:
+    """Runs the command line; what a user can mend is printed as one message, without a traceback."""
+    logging.getLogger("distributed").setLevel(logging.WARNING)
+    try:
+        app()
+    except (data.DataError, experiments.StoreError, experiments.SweepError, ValueError, FileNotFoundError) as error:
+        typer.echo(f"athena: {error}", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

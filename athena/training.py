@@ -1,0 +1,334 @@
+"""One training run of the experiments, from a `Run` to its `Result`, the same to the last bit each time.
+
+Not here: grids of runs and where results are kept (`athena.experiments`). To guide a training loop of your own, use
+`athena.Guidance`; nothing in this file is needed for it.
+"""
+
+import hashlib
+import inspect
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from athena import data, guidance, layers, models, relevance, rules
+
+__all__ = ["MODELS", "Result", "Run", "train"]
+
+MODELS = {"mlp": models.mlp, "cnn": models.cnn}
+HELD_OUT = 0.1
+"""The share of the training set that early stopping on ``monitor="validation"`` is decided by."""
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model": tuple(MODELS),
+    "dataset": data.NAMES,
+    "target": ("predicted", "softmax", "logits", "label"),
+    "normalise": guidance.NORMALISE,
+    "granularity": guidance.GRANULARITY,
+    "precision": ("float32", "bfloat16"),
+    "monitor": (None, "validation", "test"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides the outcome of one training run on one kind of machine.
+
+    Attributes:
+        model: ``"mlp"`` or ``"cnn"``, thesis table 6.1.
+        dataset: a name of `athena.data.NAMES`.
+        fraction: the share of the training set, in (0, 1].
+        factor: the LRP factor; 0 is plain training.
+        seed: of the initial weights, the subset and the order of the batches, all three.
+        epochs: passes over the subset.
+        rule: a rule of `athena.rules` as text, ``"Epsilon(1e-06)"``.
+        target, scope, normalise, granularity: as for `athena.Guidance`; target ``"predicted"`` is its None.
+        batch_size, learning_rate: of Adam. The thesis names neither.
+        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
+        monitor: what early stopping looks at: None for no early stopping; ``"validation"``, a tenth of the training
+            set, held out, the same for every run (fractions are then of the rest); ``"test"``, the test set itself.
+        window: batches between two looks (k in thesis 7.2.3), as a share of the batches in an epoch.
+        patience: looks without improvement until the run stops (l in thesis 7.2.3), as a share of the same.
+        restore_best: whether the weights of the best look are put back at the end.
+        threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
+    """
+
+    model: str = "mlp"
+    dataset: str = "mnist"
+    fraction: float = 1.0
+    factor: float = 0.0
+    seed: int = 0
+    epochs: int = 3
+    rule: str = "Epsilon(1e-06)"
+    target: str = "predicted"
+    scope: str | tuple[str, ...] = "linear"
+    normalise: str | None = None
+    granularity: str = "sample"
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    precision: str = "float32"
+    monitor: str | None = None
+    window: float = 0.02
+    patience: float = 0.01
+    restore_best: bool = True
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"Run({name}={value!r}): it must be one of {', '.join(map(repr, allowed))}")
+        for name in ("fraction", "factor", "learning_rate", "window", "patience"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("epochs", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Run({name}={getattr(self, name)}): it must be at least 1")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"Run(fraction={self.fraction}): it must be above 0 and at most 1")
+        object.__setattr__(self, "rule", str(rules.parse(self.rule)))
+        if not isinstance(self.scope, str):
+            object.__setattr__(self, "scope", tuple(self.scope))
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that tell this run from any other, the same on every machine."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run measured.
+
+    Attributes:
+        run: what was run.
+        accuracy: on the test set after each epoch, 0 to 1. After an early stop the last entry is that of the weights
+            kept; after a divergence the rest is what the network scores that this left.
+        seconds: training alone, without loading, evaluation and early stopping's looks.
+        peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
+        stopped_at: the step after which early stopping ended the run, or None.
+        diverged: ``{"step", "layer"}`` of the first gradient that was not finite, or None.
+        device, versions, code, fingerprint: on what, with what, by which version of this package, on which data.
+        model: the trained network, in eval mode; not stored.
+    """
+
+    run: Run
+    accuracy: list[float]
+    seconds: float
+    peak_bytes: int
+    stopped_at: int | None
+    diverged: dict[str, Any] | None
+    device: str
+    versions: dict[str, str]
+    code: str
+    fingerprint: str
+    model: nn.Module = field(repr=False, compare=False)
+
+    def line(self) -> dict[str, Any]:
+        """The result as one line of a results store: plain numbers and text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "model"}
+        return {"key": self.run.key} | values | {"run": asdict(self.run)}
+
+
+def train(run: Run, device: torch.device | str | None = None) -> Result:
+    """Trains and tests one network. The global random state and the number of threads are left as they were.
+
+    Args:
+        run: what to run.
+        device: where; by default a GPU if there is one.
+
+    Raises:
+        athena.data.DataError: the data set is not here, or damaged.
+        ValueError: ``run.scope`` names a layer that the model does not have.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with _threads(run.threads), torch.random.fork_rng():
+        held_out = HELD_OUT if run.monitor == "validation" else 0.0
+        images = data.load(run.dataset, run.fraction, run.seed, held_out, device)
+        torch.manual_seed(run.seed)
+        model = MODELS[run.model](images.channels, images.classes).to(device)
+        model = model.to(memory_format=torch.channels_last)
+        loop = _Loop(run, model, images, device)
+        _reset_peak(device)
+        loop.run_epochs()
+    return Result(
+        run=run,
+        accuracy=loop.accuracy,
+        seconds=loop.seconds,
+        peak_bytes=_peak(device),
+        stopped_at=loop.stopped_at,
+        diverged=loop.diverged,
+        device=_name(device),
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        code=_code(),
+        fingerprint=images.fingerprint,
+        model=model.eval(),
+    )
+
+
+class _Loop:
+    """The state of one run, and its epochs."""
+
+    def __init__(self, run: Run, model: nn.Module, images: data.Data, device: torch.device) -> None:
+        self.run, self.model, self.images, self.device = run, model, images, device
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, fused=True)
+        self.guidance = guidance.Guidance(
+            model,
+            factor=run.factor,
+            rule=rules.parse(run.rule),
+            scope=run.scope,
+            target=None if run.target == "predicted" else run.target,
+            normalise=run.normalise,
+            granularity=run.granularity,
+            on_divergence="record",
+        )
+        self.accuracy: list[float] = []
+        self.seconds = 0.0
+        self.steps = 0
+        self.stopped_at: int | None = None
+        self.stopping = None if run.monitor is None else _EarlyStopping(self)
+
+    @property
+    def diverged(self) -> dict[str, Any] | None:
+        error = self.guidance.diverged
+        return None if error is None else {"step": error.step, "layer": error.layer}
+
+    def run_epochs(self) -> None:
+        order = torch.Generator().manual_seed(self.run.seed)
+        for _ in range(self.run.epochs):
+            batches = torch.randperm(len(self.images.train_labels), generator=order).split(self.run.batch_size)
+            while batches and self.diverged is None and self.stopped_at is None:
+                window = len(batches) if self.stopping is None else self.stopping.window
+                self._train_on(batches[:window])
+                batches = batches[window:]
+                if self.stopping is not None and self.stopping.look():
+                    self.stopped_at = self.steps
+            last = self.stopped_at is not None or len(self.accuracy) == self.run.epochs - 1
+            if last and self.stopping is not None and self.run.restore_best:
+                self.stopping.restore()
+            self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
+            if self.stopped_at is not None:
+                break
+        self.guidance.remove()
+
+    def _train_on(self, batches: tuple[Tensor, ...]) -> None:
+        self.model.train()
+        begin = _now(self.device)
+        for index in batches:
+            index = index.to(self.device)
+            x = self.images.train_images[index].contiguous(memory_format=torch.channels_last)
+            y = self.images.train_labels[index]
+            self.optimizer.zero_grad()
+            if self.run.target == "label":
+                self.guidance.labels = y
+            with self._precision():
+                loss = F.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.steps += 1
+            if self.guidance.diverged is not None:
+                break
+        self.seconds += _now(self.device) - begin
+
+    @torch.no_grad()
+    def score(self, x: Tensor, y: Tensor) -> float:
+        """Share of `x` classified as `y`."""
+        self.model.eval()
+        hits = 0
+        for images, labels in zip(x.split(1000), y.split(1000), strict=True):
+            with self._precision():
+                logits = self.model(images.contiguous(memory_format=torch.channels_last))
+            hits += int((logits.argmax(1) == labels).sum())
+        return hits / len(y)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bfloat16")
+
+
+class _EarlyStopping:
+    """Batch-wise early stopping (thesis 7.2.3): a look after every k batches, the end after l looks without gain."""
+
+    def __init__(self, loop: _Loop) -> None:
+        run, images = loop.run, loop.images
+        batches = -(-len(images.train_labels) // run.batch_size)
+        self.loop = loop
+        self.window = max(1, round(run.window * batches))
+        self.patience = max(1, round(run.patience * batches))
+        self.monitored = (
+            (images.test_images, images.test_labels)
+            if run.monitor == "test"
+            else (images.validation_images, images.validation_labels)
+        )
+        self.best, self.worse = -1.0, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def look(self) -> bool:
+        """Whether it is time to stop."""
+        score = self.loop.score(*self.monitored)
+        if score > self.best:
+            self.best, self.worse = score, 0
+            self.weights = {name: value.clone() for name, value in self.loop.model.state_dict().items()}
+        else:
+            self.worse += 1
+        return self.worse >= self.patience
+
+    def restore(self) -> None:
+        self.loop.model.load_state_dict(self.weights)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak resident size so far
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+@cache
+def _code() -> str:
+    """The package's version, and 8 hex digits of the sources that a result depends on."""
+    from athena import __version__
+
+    rooms = (rules, layers, relevance, guidance, models, data, sys.modules[__name__])
+    digest = hashlib.sha256("".join(map(inspect.getsource, rooms)).encode())
+    return f"{__version__}+{digest.hexdigest()[:8]}"
