@@ -7,6 +7,7 @@
 Not here: one run (`athena.training`), what the numbers mean (`athena.statistics`).
 """
 
+import ast
 import itertools
 import json
 import multiprocessing
@@ -39,6 +40,7 @@ __all__ = [
     "collect",
     "frame",
     "grid",
+    "listed",
     "plain",
     "published",
     "results",
@@ -218,6 +220,19 @@ def collect(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
     return frame(sweep([replace(run, dataset=at_hand[run.dataset]) for run in runs], local, also=[study.store]))
 
 
+def listed(value: str | Sequence[Any]) -> list[Any]:
+    """A list that may have come as text, as papermill's ``-p factors '[0, 1.0]'`` passes it.
+
+    Raises:
+        ValueError: the text is no list of numbers or words.
+    """
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+        return list(found)
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"{value!r} is no list; write one such as '[0, 1.0, 10.0]'") from None
+
+
 def published(name: str) -> pd.DataFrame:
     """The thesis's own numbers: ``"accuracy"`` (percent), ``"training_time"`` (seconds) or ``"claims"``.
 
@@ -274,12 +289,14 @@ def sweep(
         done = store.runs()
         missing = sorted({run.key: run for run in runs if run.key not in done}.values(), key=cost)
         fingerprints = _fingerprints(missing, done.values())
+        wanted = {run.key: run for run in missing}
         for other in also:
             for key, line in other.runs().items():
-                if key in {run.key for run in missing} and line["fingerprint"] == fingerprints[_run(line).dataset]:
+                if key in wanted and line["fingerprint"] == fingerprints[wanted[key].dataset]:
                     append(line)
                     done[key] = line
-        missing = [run for run in missing if run.key not in done]
+                    del wanted[key]
+        missing = list(wanted.values())
         with _bar(missing, len(runs), progress) as advance:
             for run, line in _trained(missing, store, workers, device, dask):
                 append(line)

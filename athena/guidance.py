@@ -6,9 +6,10 @@ the ordinary backward pass that follows, the gradient that reaches the output of
 the network's output is left alone. Not here: the training loop (`athena.training`, or the user's own).
 """
 
+import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -175,7 +176,7 @@ class Guidance:
         reached = [(record, factor, d) for (record, _, factor), d in zip(guided, ds, strict=True) if d is not None]
         watch = _Watch(self, {record.path for record, _, _ in reached})
         for record, factor, d in reached:
-            record.scale = partial(watch.scale, self._shaped(record.z * d), factor, record.path)
+            record.scale = functools.partial(watch.scale, self._shaped(record.z * d), factor, record.path)
         for record in interception.records:
             del record.z, record.modified
 
@@ -212,16 +213,16 @@ class _Watch:
         return scaled
 
     def _look(self) -> None:
-        """One wait for the device in a step. The first sum in the order of the backward pass is the uppermost layer."""
-        finite = torch.stack([total for _, total in self.sums.values()]).isfinite().tolist()
+        """Waits for the device once in a step, where all is well."""
         sums, self.sums = self.sums, {}
-        for (path, (factor, _)), good in zip(sums.items(), finite, strict=True):
-            if not good:
-                error = DivergedError(self.step, path, factor)
-                if self.guidance.on_divergence == "raise":
-                    raise error
-                self.guidance.diverged = self.guidance.diverged or error
-                return
+        if math.isfinite(functools.reduce(operator.add, (total for _, total in sums.values()))):
+            return
+        # in the order of the backward pass, so the first is the uppermost layer
+        path = next((path for path, (_, total) in sums.items() if not math.isfinite(total)), next(iter(sums)))
+        error = DivergedError(self.step, path, sums[path][0])
+        if self.guidance.on_divergence == "raise":
+            raise error
+        self.guidance.diverged = self.guidance.diverged or error
 
 
 def _makers_of(output: Tensor, layers: set[Any]) -> set[Any]:

@@ -65,7 +65,7 @@ class Record:
         rule: the layer's rule.
         z: the output, without graph.
         modified: ``z'`` where the rule has weights of its own, else None.
-        bias: ``b'``, in a shape that goes with ``z``, or None.
+        bias: ``b'``, in a shape that adds to ``z``, or None.
         scale: what guidance does to a gradient that reaches ``z``; None to leave it alone.
     """
 
@@ -74,7 +74,7 @@ class Record:
     ) -> None:
         self.path, self.layer, self.rule, self.phase = path, layer, rule, phase
         self.modified = None if modified is None else modified.detach()
-        self.bias = None if bias is None else bias.detach()
+        self.bias = bias
         self.scale: Callable[[Tensor], Tensor] | None = None
 
     def watch(self, z: Tensor) -> None:
@@ -158,6 +158,9 @@ class Paths:
         return path.removesuffix(".weight") if owner is weight else None
 
 
+UNSEEN = "an operation out of LRP's sight"
+
+
 class Interception(TorchFunctionMode):
     """A context for one forward pass of a model, in which its operations are LRP layers.
 
@@ -186,7 +189,8 @@ class Interception(TorchFunctionMode):
         self.records: list[Record] = []
         self.edges: list[GradientEdge] = []
         self._running: list[str] = []
-        self._known: set[Any] = set()
+        self._known: set[Any] = {None}
+        self._last: Any = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> "Interception":
@@ -194,7 +198,8 @@ class Interception(TorchFunctionMode):
             self._running.append(self.paths.of_module.get(id(module), ""))
 
         def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-            self._note(output, refused="an operation out of LRP's sight")
+            if output is not self._last:
+                self._note(output, refused=UNSEEN)
             if self._running:  # guidance enters when the model itself is running already
                 self._running.pop()
 
@@ -214,7 +219,7 @@ class Interception(TorchFunctionMode):
         operands = (*args, *kwargs.values())
         if self.records and _writes_in_place(function, args, kwargs):
             self._keep_what_is_written_over(operands)
-        self._note(operands, refused="an operation out of LRP's sight")
+        self._note(operands, refused=UNSEEN)
         layer = LAYERS.get(function)
         if layer is not None:
             out = layer.run(self, function, args, kwargs)
@@ -222,6 +227,8 @@ class Interception(TorchFunctionMode):
         else:
             out = function(*args, **kwargs)
             self._note(out, refused=repr(getattr(function, "__name__", function)))
+        if torch.is_grad_enabled():  # it is not inside a custom autograd function
+            self._last = out
         return out
 
     @property
@@ -252,22 +259,17 @@ class Interception(TorchFunctionMode):
                 record.keep()
 
     def _note(self, value: Any, refused: str | None) -> None:
-        """Goes down the graph of `value` to what is known already; new nodes let relevance through or refuse it.
+        """Lets relevance pass where `value` was made, or has it refused there.
 
-        So that nothing is passed over, what no operation seen here has made (custom autograd functions, scripts) is
-        refused as well.
+        Tensors whose making was not seen come to light here too, as what another operation is called with or a module
+        returns: they come from custom autograd functions, scripts and the like, and are refused.
         """
-        known = self._known
-        ahead = [tensor.grad_fn for tensor in _tensors(value)]
-        while ahead:
-            node = ahead.pop()
-            if node is None or node in known:
-                continue
-            known.add(node)
-            below = node.next_functions
-            if refused is not None and below:
-                node.register_prehook(self._refusal(refused))
-            ahead.extend([node for node, _ in below])
+        for tensor in _tensors(value):
+            node: Any = tensor.grad_fn
+            if node not in self._known:
+                self._known.add(node)
+                if refused is not None:
+                    node.register_prehook(self._refusal(refused))
 
     def _refusal(self, what: str) -> Callable[[Any], None]:
         phase, where = self.phase, self.running or type(self.paths.model).__name__
@@ -375,15 +377,16 @@ class AffineLRP:
             return z
 
         rule, modified = interception.rule(path), None
-        own_weight = rule.weights(weight.detach())
+        own_weight = rule.weights(weight)
         if own_weight is not None:
-            bias = None if bias is None else rule.weights(bias.detach())
+            bias = None if bias is None else rule.weights(bias)
             modified = function(x, own_weight, bias, *rest, **named)
-        shape = [1] * z.dim()
-        shape[1 - weight.dim()] = -1
-        record = Record(path, cls, rule, interception.phase, modified, None if bias is None else bias.view(shape))
+        if bias is not None and interception.guided is None:  # the account of an explanation names what it takes
+            shape = [1] * z.dim()
+            shape[1 - weight.dim()] = -1
+            bias = bias.view(shape)
+        record = Record(path, cls, rule, interception.phase, modified, bias)
         if guided or modified is not None or rule.stabiliser:
-            record.watch(z)
             z = Fork.apply(z, modified, record)
         interception.add(record, z)
         return z

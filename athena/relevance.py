@@ -146,10 +146,18 @@ def start(output: Tensor, target: Target) -> Tensor:
             return output
         case str():
             raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
-    batch, classes = output.shape
     if target is None:
-        chosen = output.argmax(1)
-    elif isinstance(target, int) and not isinstance(target, bool):
+        logit, chosen = output.max(1, keepdim=True)
+    else:
+        chosen = _chosen(target, output)
+        logit = output.gather(1, chosen)
+    return torch.zeros_like(output).scatter_(1, chosen, logit)
+
+
+def _chosen(target: Any, output: Tensor) -> Tensor:
+    """The class to explain for each sample, (batch, 1), from a target that names it."""
+    batch, classes = output.shape
+    if isinstance(target, int) and not isinstance(target, bool):
         chosen = torch.full((batch,), target, device=output.device)
     elif isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.bool:
         chosen = target.to(output.device, torch.long)
@@ -163,7 +171,7 @@ def start(output: Tensor, target: Target) -> Tensor:
     low, high = (int(chosen.min()), int(chosen.max())) if batch else (0, 0)
     if not 0 <= low <= high < classes:
         raise ValueError(f"target holds classes {low} to {high}; the model has classes 0 to {classes - 1}")
-    return torch.zeros_like(output).scatter_(1, chosen[:, None], output.gather(1, chosen[:, None]))
+    return chosen[:, None]
 
 
 def propagate(

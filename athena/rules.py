@@ -26,7 +26,7 @@ class Rule:
         return 0.0
 
     def weights(self, weight: Tensor) -> Tensor | None:
-        """``w'`` for a weight or a bias of any shape, or None where it is the layer's own."""
+        """``w'`` for a weight or a bias of any shape, without graph, or None where it is the layer's own."""
         return None
 
     def __str__(self) -> str:
@@ -76,6 +76,7 @@ class Gamma(Rule):
 
     def weights(self, weight: Tensor) -> Tensor:
         """``w + gamma max(w, 0)``."""
+        weight = weight.detach()
         return weight.clamp(min=0).mul_(self.gamma).add_(weight)
 
 

@@ -155,10 +155,8 @@ def beside(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     if "fraction" not in table or published["percent"].duplicated().any():
         raise ValueError("beside needs a table by fraction, and one published row for each percent: choose one table")
     theirs = published.set_index("percent")[["accuracy_standard", "accuracy_lrp"]] / 100
-    theirs = theirs.reindex((100 * table["fraction"]).round().astype(int)).to_numpy()
-    return table.assign(
-        thesis_plain=theirs[:, 0], thesis_lrp=theirs[:, 1], thesis_difference=theirs[:, 1] - theirs[:, 0]
-    )
+    plain, lrp = theirs.reindex((100 * table["fraction"]).round().astype(int)).to_numpy().T
+    return table.assign(thesis_plain=plain, thesis_lrp=lrp, thesis_difference=lrp - plain)
 
 
 def summary(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
