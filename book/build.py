@@ -1,0 +1,78 @@
+"""Builds the book as it is published: papermill runs every chapter into a copy, and the copy becomes the pages.
+
+A chapter that fails stops the build, and so does any warning. `jupyter-book build book/` makes the same pages with no
+copy; this script adds parameters, the gate, and chapters that are executed once and not at every build.
+
+    python book/build.py [--quick]
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+import yaml
+
+BOOK = Path(__file__).resolve().parent
+OUTPUT = BOOK / "_build"
+COPY = OUTPUT / "executed"
+
+
+def quick_parameters() -> dict[str, dict[str, Any]]:
+    """The parameters of book/quick.yml: for each chapter, what makes it small enough to try."""
+    chapters = yaml.safe_load((BOOK / "quick.yml").read_text("utf8")) or {}
+    for name, parameters in chapters.items():
+        notebook = BOOK / f"{name}.ipynb"
+        known = papermill.inspect_notebook(str(notebook)) if notebook.exists() else {}
+        if unknown := set(parameters or {}) - set(known):
+            sys.exit(f"book/quick.yml: {name} has no parameter named {', '.join(sorted(unknown))}")
+    return chapters
+
+
+def execute(chapter: Path, parameters: dict[str, Any]) -> None:
+    """Run one chapter into the copy, from the folder it is written for; an error in a cell is raised."""
+    executed = COPY / chapter.name
+    papermill.execute_notebook(
+        str(chapter), str(executed), parameters=parameters, cwd=str(BOOK), kernel_name="python3", progress_bar=False
+    )
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata["mystnb"] = {"execution_mode": "off"}
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("hide-input")
+            cell.metadata["mystnb"] = {
+                "code_prompt_show": "The parameters this page was built with",
+                "code_prompt_hide": "Hide them",
+            }
+    nbformat.write(notebook, executed)
+
+
+def main() -> None:
+    """Copy, execute, build, and say where the first page is."""
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    arguments.add_argument("--quick", action="store_true", help="use the parameters of book/quick.yml")
+    parameters = quick_parameters() if arguments.parse_args().quick else {}
+
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    shutil.copytree(BOOK, COPY, ignore=shutil.ignore_patterns("_build", "__pycache__", ".ipynb_checkpoints"))
+    for chapter in sorted(BOOK.glob("*.ipynb")):
+        start = time.perf_counter()
+        print(f"{chapter.name} ...", flush=True)
+        execute(chapter, parameters.get(chapter.stem) or {})
+        print(f"{chapter.name}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    strict = ["-W", "-n", "--keep-going"]
+    command = [str(jupyter_book), "build", str(COPY), "--path-output", str(BOOK), *strict]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit("The book has warnings or errors, listed above.")
+    print(f"\nThe book: {(OUTPUT / 'html' / 'index.html').as_uri()}")
+
+
+if __name__ == "__main__":
+    main()

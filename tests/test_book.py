@@ -1,0 +1,89 @@
+"""Claims about what is committed: complete results, clean notebooks, and a chapter that trains what it is asked for."""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from athena import experiments
+from athena.training import Result, Run
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_run_of_a_study_is_stored_once_and_whole(path: Path) -> None:
+    study = experiments.Study.read(path)
+    lines = study.store.lines()
+    keys = [line["key"] for line in lines]
+    assert sorted(keys) == sorted(run.key for run in study.runs)
+    expected = {field.name for field in fields(Result)} - {"model"} | {"key"}
+    for line in lines:
+        run = Run(**line["run"])
+        assert line.keys() == expected
+        assert line["run"] == json.loads(json.dumps(asdict(run)))
+        assert line["key"] == run.key
+        assert len(line["accuracy"]) == run.epochs
+        assert all(0 <= value <= 1 for value in line["accuracy"])
+        assert line["seconds"] > 0
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_was_measured_on_one_data_set(path: Path) -> None:
+    assert experiments.results(path.stem)["fingerprint"].nunique() == 1
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_is_committed_without_outputs_and_with_its_parameters_first(path: Path) -> None:
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert "parameters" in cells[0].metadata.tags
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_a_chapter_names_the_thesis_section_it_covers(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0].source
+    assert "section" in first.lower()
+
+
+def test_every_page_of_the_contents_exists_and_every_chapter_is_in_them() -> None:
+    contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    pages = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]
+    for page in pages:
+        assert any((ROOT / "book" / f"{page}{ending}").exists() for ending in (".md", ".ipynb")), page
+    assert {path.stem for path in CHAPTERS} <= set(pages)
+
+
+def test_the_published_numbers_are_those_of_the_thesis_tables() -> None:
+    accuracy = experiments.published("accuracy").query("dataset == 'mnist'").set_index("percent")
+    assert len(accuracy) == 12
+    assert accuracy.loc[100, "accuracy_lrp"] == 97.14
+    assert accuracy.loc[1, "accuracy_standard"] == 81.35
+
+
+@pytest.mark.slow
+def test_the_chapter_trains_what_is_missing_on_the_stand_in_where_mnist_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setenv("ATHENA_DATA", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        str(ROOT / "book" / "06-mnist-factors.ipynb"),
+        str(out),
+        parameters={"factors": "[0, 3.0]", "fractions": "[0.1]", "seeds": 2},
+        cwd=str(ROOT / "book"),
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    text = out.read_text()
+    assert "not the chapter's own numbers" in text
+    assert "mnist5k" in text
