@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
+import torch
 import typer
 
-from athena import data, experiments, statistics, training
+from athena import data, experiments, layers, statistics, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-StudyFile = Annotated[Path, typer.Argument(help="A study, such as studies/mnist-factors.toml", exists=True)]
+StudyFile = Annotated[
+    Path, typer.Argument(help="A study, such as studies/mnist-factors.toml", exists=True, dir_okay=False)
+]
 Device = Annotated[str | None, typer.Option(help="Where to train: cpu, cuda; by default a GPU if there is one")]
 
 
@@ -39,6 +42,11 @@ def train(
 ) -> None:
     """Trains one network and prints its accuracy after each epoch."""
     run = training.Run(model, dataset, fraction, factor, seed, epochs, rule, target, scope)
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     result = training.train(run, device)
     for epoch, accuracy in enumerate(result.accuracy, 1):
         typer.echo(f"epoch {epoch}: {accuracy:.2%} of the test set")
@@ -70,6 +78,8 @@ def report(study: StudyFile) -> None:
     typer.echo(f"{plan.title}\n{plan.question.strip()}\n\n{len(done)} of {len(plan.runs)} runs.\n")
     table = statistics.compare(done)
     if plan.thesis_table:
+        if "fraction" not in table:  # all that has been measured so far has the same
+            table.insert(0, "fraction", done["fraction"].iloc[0])
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
     typer.echo(in_percent(table).to_string(index=False))
 
@@ -77,7 +87,8 @@ def report(study: StudyFile) -> None:
 def in_percent(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
     shown = table.copy()
-    for column in ("baseline_mean", "mean", "difference", "low", "high"):
+    accuracies = ("baseline_mean", "mean", "difference", "low", "high")
+    for column in (*accuracies, *shown.filter(like="thesis_")):
         shown[column] = (100 * shown[column]).round(2)
     for column in ("p", "p_holm"):
         shown[column] = shown[column].round(3)
@@ -91,7 +102,10 @@ def main() -> None:
     logging.getLogger("distributed").setLevel(logging.WARNING)
     try:
         app()
-    except (data.DataError, experiments.StoreError, experiments.SweepError, ValueError, FileNotFoundError) as error:
+    except (
+        *(data.DataError, experiments.StoreError, experiments.SweepError, layers.UnsupportedLayer),
+        *(ValueError, FileNotFoundError),
+    ) as error:
         typer.echo(f"athena: {error}", err=True)
         raise SystemExit(1) from error
 

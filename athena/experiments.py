@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from athena import data
+from athena.data import DataError
 from athena.training import Run, train
 
 __all__ = [
@@ -51,6 +52,11 @@ __all__ = [
 ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity")
 """The fields of a `Run` that say how it is guided: all that a guided run and its plain partner differ in."""
 
+COLUMNS = [field.name for field in fields(Run)] + [
+    *("key", "accuracy", "seconds", "peak_bytes", "stopped_at", "diverged", "device", "versions", "code"),
+    *("fingerprint", "accuracies"),
+]
+"""The columns of `results`."""
 IMAGES = {"mnist": 60_000, "cifar10": 50_000, "mnist5k": 4_000, "mnistm5k": 4_000}
 STEP_COST = {"mlp": 1.0, "cnn": 45.0}
 GUIDED_COST = 1.3
@@ -82,6 +88,9 @@ def grid(base: Run, **values: Iterable[Any]) -> list[Run]:
     Raises:
         TypeError, ValueError: a name is no field of `Run`, or a value none that the field takes.
     """
+    for name, wanted in values.items():
+        if isinstance(wanted, str) or not isinstance(wanted, Iterable):
+            raise TypeError(f"{name} = {wanted!r}: a grid takes a list of values")
     runs = [replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
     return list(dict.fromkeys(run if run.factor else plain(run) for run in runs))
 
@@ -143,10 +152,12 @@ class Store:
             return []
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
         lines = []
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, text in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                lines.append(json.loads(line))
-            except ValueError as error:
+                line = json.loads(text)
+                _run(line), line["accuracy"][-1], line["fingerprint"]
+                lines.append(line)
+            except (IndexError, KeyError, TypeError, ValueError) as error:
                 raise StoreError(
                     f"{self.path}, line {number} is damaged ({error}): take it out, and its run is done again"
                 ) from error
@@ -171,8 +182,7 @@ class Store:
             raise StoreError(f"{self.path} is being written by another sweep: wait for it, or stop it first") from None
         try:
             with self.path.open("ab") as file:
-                if b"\n" in (content := self.path.read_bytes()) or content:
-                    file.truncate(content.rfind(b"\n") + 1)
+                file.truncate(self.path.read_bytes().rfind(b"\n") + 1)
 
                 def append(line: dict[str, Any]) -> None:
                     file.write(json.dumps(line).encode() + b"\n")
@@ -250,7 +260,7 @@ def frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
         row = {field.name: getattr(run, field.name) for field in fields(Run)}
         row |= {name: value for name, value in line.items() if name != "run"}
         rows.append(row | {"key": run.key, "accuracies": line["accuracy"], "accuracy": line["accuracy"][-1]})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=None if rows else COLUMNS)
 
 
 def sweep(
@@ -297,11 +307,27 @@ def sweep(
                     done[key] = line
                     del wanted[key]
         missing = list(wanted.values())
+        failed: list[tuple[Run, Exception]] = []
         with _bar(missing, len(runs), progress) as advance:
-            for run, line in _trained(missing, store, workers, device, dask):
-                append(line)
-                done[run.key] = line
+            for run, outcome in _trained(missing, workers, device, dask):
+                expected = fingerprints[run.dataset]
+                if isinstance(outcome, Exception):
+                    failed.append((run, outcome))
+                elif outcome["fingerprint"] != expected:
+                    there = (
+                        f"the worker has {run.dataset} with fingerprint {outcome['fingerprint']}, here it is {expected}"
+                    )
+                    failed.append((run, DataError(f"{there}; results on different data are not mixed")))
+                else:
+                    append(outcome)
+                    done[run.key] = outcome
                 advance(run)
+    if failed:
+        run, error = failed[0]
+        raise SweepError(
+            f"{len(failed)} of {len(missing)} runs failed, the first, {run}, with {type(error).__name__}: {error}. "
+            f"What was finished is in {store.path}; the same sweep goes on from there."
+        ) from error
     return [done[run.key] for run in runs]
 
 
@@ -320,27 +346,30 @@ def _train(run: Run, device: str | None) -> dict[str, Any]:
 
 
 def _trained(
-    runs: Sequence[Run], store: Store, workers: int | None, device: str | None, dask: str | None
-) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Trains `runs` and yields each with its line as it ends."""
-    kept = f"What was finished is in {store.path}; the same sweep goes on from there."
+    runs: Sequence[Run], workers: int | None, device: str | None, dask: str | None
+) -> Iterator[tuple[Run, dict[str, Any] | Exception]]:
+    """Trains `runs` and yields each as it ends, with its line or what went wrong."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(1, cores // max((run.threads for run in runs), default=1))
     if dask is None and min(workers, len(runs)) <= 1:
         for run in runs:
-            yield run, _train(run, device)
+            outcome: dict[str, Any] | Exception
+            try:
+                outcome = _train(run, device)
+            except Exception as error:
+                outcome = error
+            yield run, outcome
         return
     with _processes(min(workers, len(runs))) if dask is None else _cluster(dask) as executor:
         futures = {executor.submit(_train, run, device): run for run in runs}
         for future in as_completed(futures):
-            try:
-                line = future.result()
-            except BrokenProcessPool as error:
-                raise SweepError(f"a worker died (killed, or out of memory: try fewer --workers). {kept}") from error
-            except Exception as error:
-                raise SweepError(f"{futures[future]} failed: {error}. {kept}") from error
-            yield futures[future], line
+            problem = future.exception()
+            if isinstance(problem, BrokenProcessPool):
+                problem = RuntimeError("a worker died (killed, or out of memory: try fewer --workers)")
+            if problem is not None and not isinstance(problem, Exception):
+                raise problem
+            yield futures[future], problem or future.result()
 
 
 def _fingerprints(missing: Iterable[Run], lines: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -360,12 +389,13 @@ def _fingerprints(missing: Iterable[Run], lines: Iterable[dict[str, Any]]) -> di
 def _processes(workers: int) -> Iterator[Executor]:
     """Worker processes, which are ended at once if the sweep is."""
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
     try:
         yield executor
     except BaseException:
         executor.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     executor.shutdown()

@@ -170,17 +170,16 @@ def starts(table: pd.DataFrame, names: Mapping[str, str]) -> Figure:
 
 
 def ratios(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure:
-    """Training time guided over plain, against the share of the data: a dot for each factor, a line for their median.
+    """Training time guided over plain, against the share of the data.
 
     Args:
-        table: from `athena.statistics.ratio`, with columns factor and fraction.
+        table: from `athena.statistics.ratio`, with a column fraction.
         published: rows of the thesis's table of training times, to draw its ratio as well; None for none.
     """
     with style():
         figure, axis = _canvas(1, 1, (8.4, 2.9))
-        median = table.groupby("fraction")["ratio"].median()
-        axis.plot(100 * table["fraction"], table["ratio"], "s", color=GUIDED, alpha=0.4, markersize=4)
-        axis.plot(100 * median.index, median, color=GUIDED, label="measured here; squares: one factor each")
+        part = table.sort_values("fraction")
+        _with_interval(axis, 100 * part["fraction"], part[["ratio", "low", "high"]], "measured here", GUIDED)
         if published is not None:
             theirs = published.sort_values("percent")
             ratio = theirs["seconds_lrp"] / theirs["seconds_standard"]

@@ -12,15 +12,13 @@ as they are. Not here: what relevance to start from (`athena.relevance`), what t
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from athena.rules import Rule, Zero
@@ -120,7 +118,6 @@ class Fork(torch.autograd.Function):
         return z.data  # not a view of z, which the network could not change in place
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         record: Record = ctx.record
         if gradient is None:
@@ -158,7 +155,7 @@ class Paths:
         return path.removesuffix(".weight") if owner is weight else None
 
 
-UNSEEN = "an operation out of LRP's sight"
+UNSEEN = "what was made out of LRP's sight ({})"
 
 
 class Interception(TorchFunctionMode):
@@ -188,29 +185,8 @@ class Interception(TorchFunctionMode):
         self.phase = Phase()
         self.records: list[Record] = []
         self.edges: list[GradientEdge] = []
-        self._running: list[str] = []
         self._known: set[Any] = {None}
-        self._last: Any = None
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> "Interception":
-        def enter(module: nn.Module, arguments: Any) -> None:
-            self._running.append(self.paths.of_module.get(id(module), ""))
-
-        def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-            if output is not self._last:
-                self._note(output, refused=UNSEEN)
-            if self._running:  # guidance enters when the model itself is running already
-                self._running.pop()
-
-        self._hooks.callback(register_module_forward_pre_hook(enter).remove)
-        self._hooks.callback(register_module_forward_hook(leave, always_call=True).remove)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._hooks.close()
+        self._alive: list[Tensor] = []  # the edges are valid as long as these are
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -219,22 +195,26 @@ class Interception(TorchFunctionMode):
         operands = (*args, *kwargs.values())
         if self.records and _writes_in_place(function, args, kwargs):
             self._keep_what_is_written_over(operands)
-        self._note(operands, refused=UNSEEN)
+        self.note(operands)
         layer = LAYERS.get(function)
         if layer is not None:
             out = layer.run(self, function, args, kwargs)
-            self._note(out, refused=None)
+            self.note(out, refused=None)
         else:
             out = function(*args, **kwargs)
-            self._note(out, refused=repr(getattr(function, "__name__", function)))
-        if torch.is_grad_enabled():  # it is not inside a custom autograd function
-            self._last = out
+            self.note(out, refused=repr(getattr(function, "__name__", function)))
         return out
 
     @property
     def running(self) -> str:
-        """The path of the module that runs now; empty for the model itself."""
-        return self._running[-1] if self._running else ""
+        """The path of the innermost module on Python's stack; empty for the model itself."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            path = self.paths.of_module.get(id(frame.f_locals.get("self")))
+            if path is not None:
+                return path
+            frame = frame.f_back
+        return ""
 
     def rule(self, path: str) -> Rule:
         """The rule of the affine layer at `path`."""
@@ -246,7 +226,9 @@ class Interception(TorchFunctionMode):
         uses = sum(known.path.partition("#")[0] == record.path for known in self.records)
         record.path += f"#{uses + 1}" if uses else ""
         self.records.append(record)
-        self.edges.append(get_gradient_edge(z))
+        node: Any = z.grad_fn
+        self.edges.append(GradientEdge(node, z.output_nr))
+        self._alive.append(z)
 
     def listens(self, guided: bool = False) -> bool:
         """Whether relevance may come down to the operation that runs now."""
@@ -258,18 +240,21 @@ class Interception(TorchFunctionMode):
             if record.z.untyped_storage().data_ptr() in memory:
                 record.keep()
 
-    def _note(self, value: Any, refused: str | None) -> None:
+    def note(self, value: Any, refused: str | None = UNSEEN) -> None:
         """Lets relevance pass where `value` was made, or has it refused there.
 
-        Tensors whose making was not seen come to light here too, as what another operation is called with or a module
-        returns: they come from custom autograd functions, scripts and the like, and are refused.
+        Tensors whose making was not seen come to light here too, as what a later operation is called with or the model
+        returns. They come from custom autograd functions, scripts and the like, and are refused.
         """
-        for tensor in _tensors(value):
-            node: Any = tensor.grad_fn
+        if isinstance(value, Tensor):
+            node: Any = value.grad_fn
             if node not in self._known:
                 self._known.add(node)
                 if refused is not None:
-                    node.register_prehook(self._refusal(refused))
+                    node.register_prehook(self._refusal(refused.format(node.name())))
+        elif isinstance(value, tuple | list):
+            for item in value:
+                self.note(item, refused)
 
     def _refusal(self, what: str) -> Callable[[Any], None]:
         phase, where = self.phase, self.running or type(self.paths.model).__name__

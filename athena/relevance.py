@@ -178,6 +178,7 @@ def propagate(
     output: Tensor, relevance: Tensor, edges: list[GradientEdge], interception: Interception, keep_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
     """Sends `relevance`, that of `output`, down to `edges` and returns the ``d`` of each, or None where none came."""
+    interception.note(output)
     for record in interception.records:
         record.check()
     d = (relevance / output.detach()).nan_to_num_(0.0)  # 0 / 0 is 0

@@ -90,7 +90,7 @@ def parse(text: str) -> Rule:
     name, _, numbers = text.strip().partition("(")
     try:
         arguments = ast.literal_eval(f"({numbers.removesuffix(')')},)") if numbers.strip(" )") else ()
-        return rules[name](*arguments)
+        return rules[name](*map(float, arguments))
     except (KeyError, SyntaxError, TypeError, ValueError) as error:
         known = ", ".join(f"{name}(...)" for name in sorted(rules))
         raise ValueError(

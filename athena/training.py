@@ -7,14 +7,16 @@ Not here: grids of runs and where results are kept (`athena.experiments`). To gu
 import hashlib
 import inspect
 import json
+import math
 import platform
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,22 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": guidance.GRANULARITY,
     "precision": ("float32", "bfloat16"),
     "monitor": (None, "validation", "test"),
+    "restore_best": (True, False),
 }
+NUMBERS: dict[str, tuple[type, float]] = {
+    "fraction": (float, 0.0),
+    "factor": (float, -math.inf),
+    "seed": (int, -math.inf),
+    "epochs": (int, 1),
+    "batch_size": (int, 1),
+    "learning_rate": (float, 0.0),
+    "window": (float, 0.0),
+    "patience": (float, 0.0),
+    "threads": (int, 1),
+}
+"""The fields that are numbers: of which kind, and not below what."""
+ONE_AT_A_TIME = threading.Lock()
+"""Random state, threads and hooks belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +106,21 @@ class Run:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"Run({name}={value!r}): it must be one of {', '.join(map(repr, allowed))}")
-        for name in ("fraction", "factor", "learning_rate", "window", "patience"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        for name in ("epochs", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Run({name}={getattr(self, name)}): it must be at least 1")
+        for name, (kind, least) in NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not math.isfinite(value) or kind(value) != value or value < least:
+                known = "a whole number" if kind is int else "a number"
+                raise ValueError(f"Run({name}={value!r}): it must be {known}, finite and not below {least}")
+            object.__setattr__(self, name, kind(value))
         if not 0 < self.fraction <= 1:
             raise ValueError(f"Run(fraction={self.fraction}): it must be above 0 and at most 1")
-        object.__setattr__(self, "rule", str(rules.parse(self.rule)))
+        object.__setattr__(self, "rule", str(rules.parse(str(self.rule))))
+        if isinstance(self.scope, str) and self.scope not in guidance.SCOPES:
+            known = ", ".join(map(repr, guidance.SCOPES))
+            raise ValueError(f"Run(scope={self.scope!r}): it must be one of {known}, or a list of module paths")
         if not isinstance(self.scope, str):
+            if not isinstance(self.scope, list | tuple):
+                raise ValueError(f"Run(scope={self.scope!r}): it must be text or a list of module paths")
             object.__setattr__(self, "scope", tuple(self.scope))
 
     @property
@@ -152,7 +175,8 @@ def train(run: Run, device: torch.device | str | None = None) -> Result:
         ValueError: ``run.scope`` names a layer that the model does not have.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with _threads(run.threads), torch.random.fork_rng():
+    forked = [device] if device.type == "cuda" else []
+    with ONE_AT_A_TIME, _threads(run.threads), torch.random.fork_rng(forked), torch.enable_grad():
         held_out = HELD_OUT if run.monitor == "validation" else 0.0
         images = data.load(run.dataset, run.fraction, run.seed, held_out, device)
         torch.manual_seed(run.seed)
@@ -170,7 +194,7 @@ def train(run: Run, device: torch.device | str | None = None) -> Result:
         diverged=loop.diverged,
         device=_name(device),
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        code=_code(),
+        code=CODE,
         fingerprint=images.fingerprint,
         model=model.eval(),
     )
@@ -306,7 +330,8 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak resident size so far
+        with suppress(OSError):  # not every container lets one
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak resident size so far
 
 
 def _peak(device: torch.device) -> int:
@@ -314,8 +339,9 @@ def _peak(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+        if "VmHWM:" in status:
+            return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # an upper bound, in bytes on macOS
 
 
 def _name(device: torch.device) -> str:
@@ -324,7 +350,6 @@ def _name(device: torch.device) -> str:
     return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-@cache
 def _code() -> str:
     """The package's version, and 8 hex digits of the sources that a result depends on."""
     from athena import __version__
@@ -332,3 +357,7 @@ def _code() -> str:
     rooms = (rules, layers, relevance, guidance, models, data, sys.modules[__name__])
     digest = hashlib.sha256("".join(map(inspect.getsource, rooms)).encode())
     return f"{__version__}+{digest.hexdigest()[:8]}"
+
+
+CODE = _code()
+"""Read when this file is, so that it names what is running even where the sources change meanwhile."""

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import pickle
 import time
 from pathlib import Path
@@ -615,7 +616,7 @@ def test_a_failed_download_is_not_tried_again_unless_asked(no_network: list[str]
 def test_a_silent_server_counts_as_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(data, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: time.sleep(3))
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, timeout: time.sleep(3) or io.BytesIO())
     start = time.perf_counter()
     with pytest.raises(TimeoutError, match=r"https://example\.org did not answer within 0\.1 s"):
         data._answers("https://example.org")

@@ -663,6 +663,8 @@ UNSUPPORTED: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": torch.exp,
     "absolute value": torch.abs,
     "in place": lambda x: x.sin_(),
+}
+UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "custom autograd function": lambda x: Squash.apply(x),
     "vmap": lambda x: torch.func.vmap(torch.sin)(x),
 }
@@ -674,6 +676,16 @@ def test_what_lrp_cannot_pass_is_refused_by_module_path(operation: str) -> None:
     model = nn.Sequential(OrderedDict(body=body, head=nn.Linear(5, 3))).double()
     with pytest.raises(athena.UnsupportedLayer, match=r"body\.1"):
         athena.lrp(model, images(4, 6))
+
+
+@pytest.mark.parametrize("operation", UNSEEN)
+def test_what_lrp_cannot_see_is_refused_by_the_module_that_takes_it(operation: str) -> None:
+    body = nn.Sequential(nn.Linear(6, 5), Apply(UNSEEN[operation]))
+    model = nn.Sequential(OrderedDict(body=body, head=nn.Linear(5, 3))).double()
+    with pytest.raises(athena.UnsupportedLayer, match=r"'head'.*out of LRP's sight"):
+        athena.lrp(model, images(4, 6))
+    with pytest.raises(athena.UnsupportedLayer, match=r"'Sequential'.*out of LRP's sight"):
+        athena.lrp(body, images(4, 6))
 
 
 def test_an_output_that_is_written_over_unseen_is_refused_by_module_path() -> None:

@@ -1,0 +1,529 @@
+"""Claims about `athena.train`: the same bits each time, pairs that differ in guidance alone, honest early stopping."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import athena
+from athena import data, models, training
+from athena.training import Result, Run, train
+
+TINY = Run(dataset="mnist5k", fraction=0.02, epochs=2)  # 80 images, two batches an epoch
+GUIDED = replace(TINY, factor=1.0, scope="all")
+
+
+def bits(result: Result) -> str:
+    """A hash of every weight of the trained network."""
+    weights = result.model.state_dict().values()
+    return hashlib.sha256(b"".join(w.contiguous().numpy().tobytes() for w in weights)).hexdigest()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def watched(look: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
+    """Calls ``look(module, input)`` before every forward pass of a whole network, `train`'s own included."""
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if isinstance(module, nn.Sequential):
+            look(module, inputs[0])
+
+    handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def images(x: Tensor) -> set[bytes]:
+    return {image.contiguous().numpy().tobytes() for image in x}
+
+
+# The same bits each time ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [TINY, GUIDED, replace(GUIDED, precision="bfloat16")], ids=["plain", "guided", "bf16"])
+def test_a_run_repeated_gives_the_same_weights_and_accuracies(run: Run) -> None:
+    first = train(run)
+    torch.rand(7), random.random()
+    with threads(2):
+        second = train(run)
+    assert second.accuracy == first.accuracy
+    assert bits(second) == bits(first)
+
+
+def test_the_cnn_repeated_gives_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training._Loop, "score", lambda *_: 0.0)  # a thousand images cost more than the training
+    run = Run(model="cnn", dataset="mnist5k", fraction=0.004, factor=0.1, scope="all", epochs=1, batch_size=8)
+    assert bits(train(run)) == bits(train(run))
+
+
+def test_a_fresh_process_with_other_threads_gives_the_same_weights() -> None:
+    program = (
+        "import torch; torch.set_num_threads(2); torch.rand(3)\n"
+        "import json, test_training as t\n"
+        "r = t.train(t.GUIDED); print(json.dumps([r.accuracy, t.bits(r)]))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True).stdout
+    here = train(GUIDED)
+    assert json.loads(output) == [here.accuracy, bits(here)]
+
+
+def test_another_seed_gives_other_weights() -> None:
+    assert bits(train(TINY)) != bits(train(replace(TINY, seed=1)))
+
+
+def test_runs_that_share_a_process_as_on_a_dask_worker_do_not_disturb_each_other() -> None:
+    runs = [replace(TINY, seed=seed, epochs=1, factor=factor) for seed in range(6) for factor in (0.0, 1.0)]
+    alone = [bits(train(run)) for run in runs]
+    with ThreadPoolExecutor(4) as pool:
+        assert [bits(result) for result in pool.map(train, runs)] == alone
+
+
+def test_random_states_threads_and_grad_mode_are_left_as_they_were() -> None:
+    def state() -> list[Any]:
+        kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+        return [
+            torch.get_rng_state().tolist(),
+            (kind, keys.tolist(), *rest),
+            random.getstate(),
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+        ]
+
+    with threads(2):
+        before = state()
+        train(GUIDED)
+        assert state() == before
+        with pytest.raises(ValueError, match="no layer with weights"):
+            train(replace(GUIDED, scope=("linear9",)))
+        assert state() == before
+
+
+def test_a_run_trains_under_no_grad_too_and_leaves_it_on() -> None:
+    with torch.no_grad():
+        result = train(TINY)
+        assert not torch.is_grad_enabled()
+    assert result.accuracy == train(TINY).accuracy
+
+
+# Pairs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_and_guided_share_initial_weights_subset_and_order_of_batches() -> None:
+    def seen(run: Run) -> tuple[list[Tensor], list[Tensor]]:
+        weights: list[Tensor] = []
+        batches: list[Tensor] = []
+
+        def look(network: nn.Module, x: Tensor) -> None:
+            if network.training:
+                batches.append(x.clone())
+                weights.extend([w.detach().clone() for w in network.parameters()] if len(batches) == 1 else [])
+
+        with watched(look):
+            train(run)
+        return weights, batches
+
+    plain, guided, other = seen(TINY), seen(GUIDED), seen(replace(TINY, seed=1))
+    assert len(plain[1]) == 4
+    for ours, theirs in zip(plain, guided, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(plain[0][0], other[0][0])
+    assert images(torch.cat(plain[1])) != images(torch.cat(other[1]))
+    assert images(torch.cat(plain[1][:2])) == images(torch.cat(plain[1][2:]))  # each epoch passes over the subset
+    assert not torch.equal(plain[1][0], plain[1][2])  # in an order of its own
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"target": "softmax", "scope": "all", "rule": "Gamma(0.25)"},
+        {"target": "label", "normalise": "max"},
+        {"target": "logits", "scope": ("linear1",), "granularity": "neuron"},
+    ],
+)
+def test_with_factor_0_nothing_of_guidance_changes_a_bit(guidance: dict[str, Any]) -> None:
+    assert bits(train(replace(TINY, factor=0.0, **guidance))) == bits(train(TINY))
+
+
+def test_a_tiny_factor_is_nearly_plain_and_a_factor_of_1_is_not() -> None:
+    def distance(one: Result, other: Result) -> float:
+        pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+        return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+    plain = train(TINY)
+    assert distance(plain, train(replace(GUIDED, factor=1e-9))) < 1e-5
+    assert distance(plain, train(GUIDED)) > 1e-4
+
+
+@pytest.mark.parametrize("target", ["predicted", "softmax", "logits", "label"])
+def test_a_users_own_loop_with_guidance_is_train_bit_for_bit(target: str) -> None:
+    run = replace(GUIDED, target=target, seed=3)
+    here = data.load(run.dataset, run.fraction, run.seed)
+    torch.manual_seed(run.seed)
+    model = models.mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, fused=True)
+    order = torch.Generator().manual_seed(run.seed)
+    accuracy = []
+    with (
+        threads(run.threads),
+        athena.Guidance(
+            model,
+            factor=1.0,
+            rule=athena.rules.Epsilon(1e-6),
+            scope="all",
+            target=None if target == "predicted" else target,
+        ) as guidance,
+    ):
+        for _ in range(run.epochs):
+            model.train()
+            for index in torch.randperm(len(here.train_labels), generator=order).split(run.batch_size):
+                x, y = here.train_images[index], here.train_labels[index]
+                optimizer.zero_grad()
+                if target == "label":
+                    guidance.labels = y
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            model.eval()
+            with torch.no_grad():
+                accuracy.append(float((model(here.test_images).argmax(1) == here.test_labels).double().mean()))
+    result = athena.train(run)
+    assert accuracy == result.accuracy
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, result.model.state_dict()[name]), name
+
+
+# What a Run is, and its key ------------------------------------------------------------------------------------------
+
+OTHER_VALUES: dict[str, Any] = {
+    "model": "cnn",
+    "dataset": "cifar10",
+    "fraction": 0.5,
+    "factor": 0.1,
+    "seed": 1,
+    "epochs": 4,
+    "rule": "Zero()",
+    "target": "softmax",
+    "scope": "all",
+    "normalise": "max",
+    "granularity": "neuron",
+    "batch_size": 32,
+    "learning_rate": 1e-2,
+    "precision": "bfloat16",
+    "monitor": "validation",
+    "window": 0.1,
+    "patience": 0.1,
+    "restore_best": False,
+    "threads": 2,
+}
+
+
+def test_keys_are_those_that_committed_results_rely_on() -> None:
+    assert Run().key == "bf3dfc9729d68822"
+    assert Run(fraction=0.05).key == "726bf3ff184eaf11"
+    assert replace(Run(), scope=("linear1", "linear2"), factor=10, rule="Gamma(0.25)").key == "c768d27c063f11e9"
+
+
+def test_runs_that_differ_in_any_field_differ_in_key() -> None:
+    assert OTHER_VALUES.keys() == {field.name for field in fields(Run)}
+    runs = [Run(), *(replace(Run(), **{name: value}) for name, value in OTHER_VALUES.items())]
+    assert len({run.key for run in runs}) == len(runs)
+
+
+def test_one_run_written_in_several_ways_has_one_key() -> None:
+    run = Run(fraction=1.0, factor=1.0, learning_rate=1.0, rule="Epsilon(1e-06)", scope=("linear1",))
+    ways = [
+        Run(fraction=1, factor=1, learning_rate=1, rule="Epsilon(1e-6)", scope=["linear1"]),  # type: ignore[arg-type]
+        replace(run, rule="Epsilon(0.000001)"),
+        replace(run, rule="Epsilon()"),
+        replace(run, rule="Epsilon"),
+        replace(run, seed=np.int64(0), factor=np.float64(1)),
+        Run(**dict(reversed(asdict(run).items()))),
+        Run(**json.loads(json.dumps(asdict(run)))),
+    ]
+    assert {(way, way.key) for way in ways} == {(run, run.key)}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        pytest.param({"rule": rule}, {"rule": other}, id=rule)
+        for rule, other in [("Epsilon(1)", "Epsilon(1.0)"), ("Gamma(1)", "Gamma(1.0)"), ("Zero", "Zero()")]
+    ]
+    + [pytest.param({name: 2}, {name: 2.0}, id=name) for name in ("epochs", "seed", "batch_size", "threads")],
+)
+def test_whole_numbers_and_floats_are_one_run(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert Run(**one).key == Run(**other).key
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("model", "resnet"),
+        ("model", ["mlp"]),
+        ("dataset", "mnist6k"),
+        ("target", "true"),
+        ("normalise", "l2"),
+        ("granularity", "batch"),
+        ("precision", "float16"),
+        ("monitor", "train"),
+        ("fraction", 0),
+        ("fraction", 1.5),
+        ("fraction", -0.1),
+        ("fraction", float("nan")),
+        ("fraction", "all"),
+        ("epochs", 0),
+        ("epochs", "3"),
+        ("epochs", 2.5),
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("threads", 0),
+        ("seed", "zero"),
+        ("seed", 0.5),
+        ("factor", float("nan")),
+        ("factor", float("inf")),
+        ("factor", "big"),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("window", -0.1),
+        ("patience", -0.1),
+        ("rule", "Epsilom(1e-6)"),
+        ("rule", "Epsilon(-1)"),
+        ("rule", 3),
+        ("scope", "linaer"),
+        ("scope", 5),
+        ("restore_best", "no"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_refused_by_field_and_value(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=name) as caught:
+        Run(**{name: value})
+    assert str(value) in str(caught.value)
+
+
+# What a Result is ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", [GUIDED, replace(TINY, scope=("linear1",), monitor="test", factor=1e30)])
+def test_the_line_of_a_result_is_json_and_complete(run: Run) -> None:
+    result = train(run)
+    line = result.line()
+    assert json.loads(json.dumps(line, allow_nan=False)) == line | {"run": asdict(run) | {"scope": _plain(run.scope)}}
+    assert line.keys() == {
+        *("key", "run", "accuracy", "seconds", "peak_bytes", "stopped_at", "diverged"),
+        *("device", "versions", "code", "fingerprint"),
+    }
+    assert line["key"] == run.key and Run(**line["run"]) == run
+    assert line["fingerprint"] == data.load("mnist5k").fingerprint
+    assert line["versions"]["torch"] == torch.__version__ and line["code"].startswith(athena.__version__ + "+")
+    assert all(0 <= accuracy <= 1 for accuracy in line["accuracy"])
+
+
+def _plain(scope: str | tuple[str, ...]) -> str | list[str]:
+    return scope if isinstance(scope, str) else list(scope)
+
+
+def test_accuracy_is_that_of_the_returned_network_on_the_whole_test_set() -> None:
+    result = train(GUIDED)
+    test = data.load("mnist5k")
+    assert not result.model.training
+    with torch.no_grad():
+        hits = result.model(test.test_images).argmax(1) == test.test_labels
+    assert result.accuracy[-1] == int(hits.sum()) / 1000
+    assert len(result.accuracy) == GUIDED.epochs
+
+
+def test_a_trained_network_is_no_longer_guided() -> None:
+    model = train(GUIDED).model.train()
+    x, y = torch.rand(4, 1, 32, 32), torch.arange(4)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(F.cross_entropy(model(x), y), model[1].weight)[0]
+
+    with athena.Guidance(model, factor=5.0, scope="all"):
+        guided = gradient()
+    fresh = models.mlp()
+    fresh.load_state_dict(model.state_dict())
+    plain = torch.autograd.grad(F.cross_entropy(fresh(x), y), fresh[1].weight)[0]
+    assert torch.equal(gradient(), plain) and not torch.equal(guided, plain)
+
+
+@pytest.mark.parametrize("monitor", [None, "test"])
+def test_seconds_count_training_alone(monkeypatch: pytest.MonkeyPatch, monitor: str | None) -> None:
+    real, slept = training._Loop.score, []
+
+    def slow(*arguments: Any) -> float:
+        slept.append(1)
+        time.sleep(0.2)
+        return real(*arguments)
+
+    monkeypatch.setattr(training._Loop, "score", slow)
+    begin = time.perf_counter()
+    result = train(replace(TINY, epochs=3, monitor=monitor, patience=10))
+    whole = time.perf_counter() - begin
+    assert 0 < result.seconds < whole - 0.2 * len(slept)
+    assert len(slept) == (3 if monitor is None else 9)
+
+
+def test_peak_memory_is_that_of_a_process_that_holds_the_network() -> None:
+    assert train(TINY).peak_bytes > 4 * sum(p.numel() for p in models.mlp().parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS has no /proc")
+def test_a_run_goes_on_where_the_system_does_not_let_the_peak_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("clear_refs")
+
+    monkeypatch.setattr(training.Path, "write_text", refuse)
+    assert train(replace(TINY, epochs=1)).peak_bytes > 0
+
+
+def test_bfloat16_trains_and_is_not_float32() -> None:
+    result = train(replace(GUIDED, precision="bfloat16", epochs=3))
+    assert result.diverged is None and result.accuracy[-1] > 0.2
+    assert {weight.dtype for weight in result.model.parameters()} == {torch.float32}
+    assert bits(result) != bits(train(replace(GUIDED, epochs=3)))
+
+
+# Divergence ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("monitor", [None, "test", "validation"])
+def test_a_divergence_is_recorded_and_the_run_still_ends(monitor: str | None) -> None:
+    run = replace(GUIDED, factor=1e30, epochs=3, monitor=monitor, patience=10)
+    result = train(run)
+    assert result.diverged == {"step": 1, "layer": "linear1"}
+    assert len(result.accuracy) == 3 and set(result.accuracy) == {0.1}  # of ten classes it says one
+    assert train(replace(run, factor=0.0)).diverged is None
+
+
+# Early stopping ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction, stop", [(0.02, 4), (0.04, 12), (0.08, 40)])
+def test_window_and_patience_grow_with_the_batches_of_an_epoch(fraction: float, stop: int) -> None:
+    """20, 40, 80 batches an epoch: k = 2, 4, 8 and l = 1, 2, 4; without any gain the end is after k + l k."""
+    run = Run(dataset="mnist5k", fraction=fraction, epochs=2, batch_size=4, learning_rate=0.0)
+    result = train(replace(run, monitor="test", window=0.1, patience=0.05))
+    assert result.stopped_at == stop
+    assert len(result.accuracy) == 1
+
+
+def test_with_few_batches_window_and_patience_are_one() -> None:
+    assert train(replace(TINY, learning_rate=0.0, monitor="test", window=0.0, patience=0.0)).stopped_at == 2
+
+
+def test_the_last_window_of_an_epoch_ends_with_it() -> None:
+    """5 batches an epoch, k = 2: looks after 2, 4, 5, 7, 9, 10; the fourth without gain is the one after 9."""
+    run = replace(TINY, batch_size=16, epochs=9, learning_rate=0.0)
+    result = train(replace(run, monitor="test", window=0.4, patience=0.8))
+    assert result.stopped_at == 9
+    assert len(result.accuracy) == 2
+
+
+def test_without_a_monitor_nothing_stops_a_run() -> None:
+    result = train(replace(TINY, learning_rate=0.0, epochs=4))
+    assert result.stopped_at is None and len(result.accuracy) == 4
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What early stopping saw, look by look."""
+    scores: list[float] = []
+    score, look = training._Loop.score, training._EarlyStopping.look
+
+    def watched_look(self: Any) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(training._Loop, "score", lambda *arguments: scores.append(score(*arguments)) or scores[-1])
+            return look(self)
+
+    monkeypatch.setattr(training._EarlyStopping, "look", watched_look)
+    return scores
+
+
+NOISY = replace(TINY, fraction=0.05, epochs=6, batch_size=10, learning_rate=1e-2, monitor="test", window=0.1)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_a_run_stops_at_the_first_look_that_ends_a_row_of_l_without_gain(looks: list[float], factor: float) -> None:
+    result = train(replace(NOISY, factor=factor, patience=0.2))  # 20 batches an epoch: k = 2, l = 4
+    best = [max(looks[: i + 1]) for i in range(len(looks))]
+    gains = [i for i, (before, after) in enumerate(pairwise([-1.0, *best])) if after > before]
+    assert result.stopped_at == 2 * len(looks) and 10 < result.stopped_at < 120
+    assert len(looks) - 1 == gains[-1] + 4
+    assert all(later - earlier <= 4 for earlier, later in pairwise(gains))
+
+
+def test_restore_best_puts_back_the_weights_of_the_best_look(looks: list[float]) -> None:
+    kept = train(replace(NOISY, patience=0.2))
+    seen, looks[:] = list(looks), []
+    left = train(replace(NOISY, patience=0.2, restore_best=False))
+    assert looks == seen and max(seen) > seen[-1]  # the same run, and one in which it matters
+    assert kept.accuracy[-1] == max(seen) and left.accuracy[-1] == seen[-1]
+    assert kept.accuracy[:-1] == left.accuracy[:-1]
+    test = data.load("mnist5k")
+    with torch.no_grad():
+        hits = kept.model(test.test_images).argmax(1) == test.test_labels
+    assert int(hits.sum()) / 1000 == max(seen)
+
+
+def test_restore_best_holds_for_a_run_that_is_never_stopped(looks: list[float]) -> None:
+    run = replace(NOISY, epochs=3, patience=100)
+    kept = train(run)
+    assert kept.stopped_at is None and len(kept.accuracy) == 3
+    assert kept.accuracy[-1] == max(looks) > train(replace(run, restore_best=False)).accuracy[-1]
+
+
+def test_the_validation_part_is_the_same_for_every_run_and_never_trained_on() -> None:
+    def seen(run: Run) -> tuple[set[bytes], set[bytes]]:
+        trained: set[bytes] = set()
+        scored: set[bytes] = set()
+        with watched(lambda network, x: (trained if network.training else scored).update(images(x))):
+            train(run)
+        return trained, scored - images(data.load("mnist5k").test_images)
+
+    everything = images(data.load("mnist5k").train_images)
+    run = replace(TINY, epochs=1, monitor="validation", window=0.5, patience=10)
+    trained, validation = seen(replace(run, fraction=1.0))
+    assert len(validation) == 400 and len(trained) == 3600
+    assert trained | validation == everything
+    for other in [replace(run, seed=1), replace(run, factor=1.0), replace(run, fraction=0.1, seed=2)]:
+        trained_on, validated_on = seen(other)
+        assert validated_on == validation and not trained_on & validation
+    assert seen(replace(run, monitor="test"))[1] == set()
+
+
+def test_early_stopping_on_validation_keeps_the_weights_that_are_best_there(looks: list[float]) -> None:
+    result = train(replace(NOISY, monitor="validation", patience=0.2))
+    validation = data.load("mnist5k", held_out=training.HELD_OUT)
+    with torch.no_grad():
+        hits = result.model(validation.validation_images).argmax(1) == validation.validation_labels
+    assert int(hits.sum()) / 400 == max(looks) > looks[-1]
+    assert result.stopped_at is not None
