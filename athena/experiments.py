@@ -16,10 +16,10 @@ import os
 import signal
 import threading
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -308,8 +308,9 @@ def sweep(
                     del wanted[key]
         missing = list(wanted.values())
         failed: list[tuple[Run, Exception]] = []
-        with _bar(missing, len(runs), progress) as advance:
-            for run, outcome in _trained(missing, workers, device, dask):
+        # closed at once when anything is raised here, or workers in flight would be waited for
+        with _bar(missing, len(runs), progress) as advance, closing(_trained(missing, workers, device, dask)) as ended:
+            for run, outcome in ended:
                 expected = fingerprints[run.dataset]
                 if isinstance(outcome, Exception):
                     failed.append((run, outcome))
@@ -347,7 +348,7 @@ def _train(run: Run, device: str | None) -> dict[str, Any]:
 
 def _trained(
     runs: Sequence[Run], workers: int | None, device: str | None, dask: str | None
-) -> Iterator[tuple[Run, dict[str, Any] | Exception]]:
+) -> Generator[tuple[Run, dict[str, Any] | Exception], None, None]:
     """Trains `runs` and yields each as it ends, with its line or what went wrong."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
