@@ -115,6 +115,7 @@ class Run:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"Run(fraction={self.fraction}): it must be above 0 and at most 1")
         object.__setattr__(self, "rule", str(rules.parse(str(self.rule))))
+        object.__setattr__(self, "restore_best", bool(self.restore_best))
         if isinstance(self.scope, str) and self.scope not in guidance.SCOPES:
             known = ", ".join(map(repr, guidance.SCOPES))
             raise ValueError(f"Run(scope={self.scope!r}): it must be one of {known}, or a list of module paths")
