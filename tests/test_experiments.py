@@ -535,7 +535,8 @@ def test_a_sweep_that_ends_early_leaves_other_processes_of_its_caller_alone(stor
 
 
 SWEEP = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
 from pathlib import Path
 from athena import __main__, experiments
 folder, workers = sys.argv[1:]
