@@ -293,7 +293,7 @@ def sweep(
     Raises:
         athena.data.DataError: a data set is not here, before anything is run.
         StoreError: see `Store`.
-        SweepError: a run or a worker failed, or the data are others than those of the store.
+        SweepError: the data are others than those of the store; or, once all the others have ended, a run failed.
     """
     with store.open() as append:
         done = store.runs()

@@ -55,7 +55,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
 }
 """The fields that are numbers: of which kind, and not below what."""
 ONE_AT_A_TIME = threading.Lock()
-"""Random state, threads and hooks belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
+"""Random state and thread count belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
 
 
 @dataclass(frozen=True)
