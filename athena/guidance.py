@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from athena.layers import AffineLRP, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
-from athena.relevance import RuleFor, Target, as_function, propagate, start
+from athena.relevance import RuleFor, Target, as_choice, propagate, start
 from athena.rules import Epsilon
 
 __all__ = ["DivergedError", "Guidance"]
@@ -90,7 +90,7 @@ class Guidance:
         _one_of("normalise", normalise, NORMALISE)
         _one_of("granularity", granularity, GRANULARITY)
         _one_of("on_divergence", on_divergence, ("raise", "record"))
-        self.model, self.factor, self.rule, self.scope, self.target = model, factor, as_function(rule), scope, target
+        self.model, self.factor, self.rule, self.scope, self.target = model, factor, as_choice(rule), scope, target
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
         self._paths = Paths(model)
         self._check()
@@ -172,13 +172,13 @@ class Guidance:
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
-        ds = propagate(output, relevance, [edge for _, edge, _ in guided], interception, keep_graph=True)
+        ds = propagate([(output, relevance)], [edge for _, edge, _ in guided], interception, keep_graph=True)
         reached = [(record, factor, d) for (record, _, factor), d in zip(guided, ds, strict=True) if d is not None]
         watch = _Watch(self, {record.path for record, _, _ in reached})
         for record, factor, d in reached:
             record.scale = functools.partial(watch.scale, self._shaped(record.z * d), factor, record.path)
         for record in interception.records:
-            del record.z, record.modified
+            record.forget()
 
     def _target(self) -> Target:
         if not (isinstance(self.target, str) and self.target == "label"):

@@ -1,33 +1,89 @@
 """The propagation rules of LRP: how an affine layer shares out relevance among its inputs.
 
-For an affine layer ``z_k = sum_j a_j w_jk + b_k`` whose output carries the relevance ``R_k = z_k d_k``, a rule
-names the weights ``w'`` and the stabiliser ``epsilon`` in
+For an affine layer ``z_k = sum_j a_j w_jk + b_k`` whose output carries the relevance ``R_k``, every rule here is
 
-    R_j = a_j sum_k w'_jk R_k / (z'_k + epsilon sign z'_k),    z'_k = sum_j a_j w'_jk + b'_k
+    R_j = sum_k c_jk s_k        with contributions c_jk and s_k = R_k / (sum_j c_jk + what the bias contributes)
 
-with sign 0 = 1. The bias takes part in ``z'`` and keeps its share. A rule only declares; `athena.layers` acts.
+and says what the contributions are: ``a_j w_jk`` itself (`Zero`, `Epsilon`), that with its positive and negative parts
+weighed differently (`Gamma`, `AlphaBeta`, `ZPlus`), or something that does not vanish with ``a_j`` (`ZBox`, `WSquare`,
+`Flat`). The bias takes part in the sum and keeps its share. Which rule suits which layer: Montavon et al. 2019,
+"Layer-Wise Relevance Propagation: An Overview"; its advice is what the presets at the end give.
+
+A rule declares and divides; `athena.layers` runs the sums over the network's own operations.
 """
 
 import ast
-from dataclasses import astuple, dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Epsilon", "Gamma", "Rule", "Zero", "parse"]
+__all__ = [
+    "AlphaBeta",
+    "Epsilon",
+    "EpsilonAlpha2Beta1",
+    "EpsilonGammaBox",
+    "EpsilonPlus",
+    "Flat",
+    "Gamma",
+    "Preset",
+    "Rule",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "Zero",
+    "parse",
+]
+
+
+class Sums(NamedTuple):
+    """The sums ``sum_j c_jk + bias_k`` a rule asks for beside ``z``: of which inputs, by which weights, which biases.
+
+    Attributes:
+        inputs: one or two tensors, each in the shape of ``a``.
+        weights: for each sum, one weight for each of `inputs`.
+        biases: for each sum, its bias, or None.
+    """
+
+    inputs: Sequence[Tensor]
+    weights: Sequence[Sequence[Tensor]]
+    biases: Sequence[Tensor | None]
+
+
+class Shares(NamedTuple):
+    """The ``s_k`` by which contributions are multiplied: those to ``z`` itself, None for 0, and those to each sum."""
+
+    own: Tensor | None
+    others: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What every rule declares: no stabiliser and the layer's own weights, unless it says otherwise."""
+    """What every rule declares: no stabiliser, and contributions ``a_j w_jk``, unless it says otherwise."""
+
+    absolute: ClassVar[bool] = False
+    """Whether inputs that are 0 may be given relevance."""
 
     @property
     def stabiliser(self) -> float:
-        """``epsilon`` above, in the unit of ``z``, at least 0."""
+        """``epsilon`` in ``s = R / (z + epsilon sign z)``, in the unit of ``z``, at least 0."""
         return 0.0
 
-    def weights(self, weight: Tensor) -> Tensor | None:
-        """``w'`` for a weight or a bias of any shape, without graph, or None where it is the layer's own."""
+    @property
+    def asks_for_sums(self) -> bool:
+        """Whether contributions are others than ``a_j w_jk``, so that `sums` and `share` have to be called."""
+        return type(self).sums is not Rule.sums
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums | None:
+        """The sums that `share` needs beside ``z``. None: contributions are ``a_j w_jk``."""
         return None
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """Divides `relevance`, that of ``z``, by the sums that were asked for; all in the shape of ``z``."""
+        raise NotImplementedError(f"{self} asks for no sums")
 
     def __str__(self) -> str:
         """The rule as it is written in a study, ``Epsilon(1e-06)``; `parse` reads it back."""
@@ -63,7 +119,11 @@ class Epsilon(Rule):
 
 @dataclass(frozen=True)
 class Gamma(Rule):
-    """LRP-gamma (thesis 3.6.2 c): ``w' = w + gamma max(w, 0)``, the bias alike, favours what speaks for an output.
+    """LRP-gamma (thesis 3.6.2 c): contributions that speak for the output count ``1 + gamma`` times.
+
+    For outputs above 0 these are the positive ones, which with inputs of at least 0 is ``w' = w + gamma max(w, 0)``,
+    the formula of the thesis. So that inputs and outputs may have any sign, the negative contributions are the ones
+    favoured where the output is below 0 (Andéol et al. 2021).
 
     Args:
         gamma: without unit, at least 0; 0 is LRP-0.
@@ -74,14 +134,182 @@ class Gamma(Rule):
     def __post_init__(self) -> None:
         _at_least_zero("Gamma", "gamma", self.gamma)
 
-    def weights(self, weight: Tensor) -> Tensor:
-        """``w + gamma max(w, 0)``."""
-        weight = weight.detach()
-        return weight.clamp(min=0).mul_(self.gamma).add_(weight)
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """That of the positive contributions."""
+        return _by_sign(a, weight, bias, negative=False)
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``s = R / (z + gamma z+)`` for ``z > 0``, else ``R / (z + gamma z-)``; contributions to ``z``, ``z+``."""
+        (positive,) = sums
+        for_it = z > 0
+        favoured = torch.where(for_it, positive, z - positive)
+        s = _quotient(relevance, favoured.mul_(self.gamma).add_(z))
+        extra = self.gamma * s  # of the positive contributions; the negative ones are the rest of z
+        return Shares(torch.where(for_it, s, s + extra), [torch.where(for_it, extra, -extra)])
+
+
+@dataclass(frozen=True)
+class AlphaBeta(Rule):
+    """LRP-alpha-beta (Bach et al. 2015): alpha parts for the positive contributions, less beta for the negative ones.
+
+    Args:
+        alpha, beta: without unit, at least 0, ``alpha - beta = 1``.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least_zero("AlphaBeta", "alpha", self.alpha)
+        _at_least_zero("AlphaBeta", "beta", self.beta)
+        if not math.isclose(self.alpha - self.beta, 1.0):
+            raise ValueError(f"AlphaBeta(alpha={self.alpha}, beta={self.beta}): alpha - beta must be 1")
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """That of the positive and, for beta above 0, that of the negative contributions."""
+        return _by_sign(a, weight, bias, negative=self.beta > 0)
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``alpha R / z+`` and ``- beta R / z-``."""
+        factors = (self.alpha, -self.beta)
+        return Shares(None, [_quotient(relevance, s).mul_(factor) for factor, s in zip(factors, sums, strict=False)])
+
+
+@dataclass(frozen=True)
+class ZPlus(Rule):
+    """The z-plus rule (Montavon et al. 2017): positive contributions alone; alpha-beta with 1 and 0."""
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """That of the positive contributions."""
+        return _by_sign(a, weight, bias, negative=False)
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``R / z+``."""
+        return Shares(None, [_quotient(relevance, sums[0])])
+
+
+@dataclass(frozen=True, eq=False)
+class ZBox(Rule):
+    """The z-box rule (Montavon et al. 2017), for inputs that lie in a box, as pixels do: a first layer's rule.
+
+    Contributions ``a_j w_jk - low_j max(w_jk, 0) - high_j min(w_jk, 0)``; the bias cancels.
+
+    Args:
+        low, high: the least and the largest value an input can have, in its unit. Numbers, or tensors that broadcast
+            to a sample, such as (channels, 1, 1).
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+
+    absolute: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not bool(torch.all(torch.as_tensor(self.low) < torch.as_tensor(self.high))):
+            raise ValueError(f"ZBox(low={self.low}, high={self.high}): low must be below high")
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """``sum_j low_j w+_jk + high_j w-_jk``, with the bias."""
+        try:
+            ends = [torch.as_tensor(end).to(a).expand_as(a) for end in (self.low, self.high)]
+        except RuntimeError as error:
+            raise ValueError(f"{self} does not fit inputs of shape {tuple(a.shape)}: {error}") from None
+        return Sums(ends, [[weight.clamp(min=0), weight.clamp(max=0)]], [bias])
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``s = R / (z - sum)``, by contributions to ``z``, and ``-s`` by those to the sum."""
+        s = _quotient(relevance, z - sums[0])
+        return Shares(s, [-s])
+
+
+@dataclass(frozen=True)
+class WSquare(Rule):
+    """The w-square rule (Montavon et al. 2017): contributions ``w_jk ** 2``, for first layers with unbounded inputs."""
+
+    absolute: ClassVar[bool] = True
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """``sum_j w_jk ** 2 + b_k ** 2``."""
+        return Sums([torch.ones_like(a)], [[weight.square()]], [None if bias is None else bias.square()])
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``R / sum``."""
+        return Shares(None, [_quotient(relevance, sums[0])])
+
+
+@dataclass(frozen=True)
+class Flat(Rule):
+    """The flat rule (Lapuschkin et al. 2019): every input of a neuron gets the same; shows where, not what."""
+
+    absolute: ClassVar[bool] = True
+
+    def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
+        """How many inputs there are."""
+        return Sums([torch.ones_like(a)], [[torch.ones_like(weight)]], [None])
+
+    def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
+        """``R / sum``."""
+        return Shares(None, [_quotient(relevance, sums[0])])
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A rule for each kind of layer.
+
+    Attributes:
+        linear, convolutional: the rules of these layers.
+        first: that of layers that stand before all others, by whatever kind they are; None for no exception.
+    """
+
+    linear: Rule = field(init=False)
+    convolutional: Rule = field(init=False)
+    first: Rule | None = field(init=False, default=None)
+
+    def _give(self, **rules: Rule) -> None:
+        for name, rule in rules.items():
+            object.__setattr__(self, name, rule)
+
+
+@dataclass(frozen=True)
+class EpsilonPlus(Preset):
+    """`Epsilon` for linear layers, `ZPlus` for convolutions."""
+
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self._give(linear=Epsilon(self.epsilon), convolutional=ZPlus())
+
+
+@dataclass(frozen=True)
+class EpsilonAlpha2Beta1(Preset):
+    """`Epsilon` for linear layers, `AlphaBeta` with 2 and 1 for convolutions."""
+
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self._give(linear=Epsilon(self.epsilon), convolutional=AlphaBeta(2.0, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class EpsilonGammaBox(Preset):
+    """`Epsilon` for linear layers, `Gamma` for convolutions, `ZBox` for the first layer.
+
+    Args:
+        low, high: as for `ZBox`.
+        epsilon, gamma: as for `Epsilon` and `Gamma`.
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+
+    def __post_init__(self) -> None:
+        self._give(linear=Epsilon(self.epsilon), convolutional=Gamma(self.gamma), first=ZBox(self.low, self.high))
 
 
 def parse(text: str) -> Rule:
-    """Reads a rule as it is written in a study: ``"Zero()"``, ``"Epsilon(1e-6)"``, ``"Gamma(0.25)"``.
+    """Reads a rule as it is written in a study: ``"Zero()"``, ``"Epsilon(1e-6)"``, ``"ZBox(0, 1)"``.
 
     Raises:
         ValueError: the text is not a rule of this module followed by its numbers.
@@ -101,3 +329,24 @@ def parse(text: str) -> Rule:
 def _at_least_zero(rule: str, name: str, value: float) -> None:
     if not value >= 0:
         raise ValueError(f"{rule}({name}={value}): {name} must be at least 0")
+
+
+def _by_sign(a: Tensor, weight: Tensor, bias: Tensor | None, negative: bool) -> Sums:
+    """The sum of the positive contributions and, where asked for, that of the negative ones."""
+    up, down = weight.clamp(min=0), weight.clamp(max=0)
+    inputs, rows = [a], [[up], [down]]
+    if a.numel() and bool(a.detach().min() < 0):
+        inputs, rows = [a.clamp(min=0), a.clamp(max=0)], [[up, down], [down, up]]
+    biases = [None, None] if bias is None else [bias.clamp(min=0), bias.clamp(max=0)]
+    sums = 2 if negative else 1
+    return Sums(inputs, rows[:sums], biases[:sums])
+
+
+def _quotient(relevance: Tensor, total: Tensor) -> Tensor:
+    """``relevance / total``; where the total is 0 there are no contributions to share it, and it is merely finite."""
+    return relevance / torch.where(total == 0, least(total.dtype), total)
+
+
+def least(dtype: torch.dtype) -> float:
+    """What stands in for 0 where something is divided by it: so small that it adds nothing, its inverse finite."""
+    return max(1e-20, torch.finfo(dtype).tiny)

@@ -16,13 +16,20 @@ from torch import Tensor, nn
 
 
 class Rule(NamedTuple):
-    """R_j = sum_k a_j wg_jk / (zg_k + epsilon sign zg_k) R_k with wg = w + gamma max(w, 0), the bias alike.
+    """R_j = sum_k c_jk / (sum_j c_jk + b_k + epsilon sign) R_k, with contributions c of one of these kinds.
 
-    LRP-0 has epsilon = gamma = 0.
+    "gamma": a_j w_jk, those of z_k's own sign 1 + gamma times; LRP-0 and LRP-epsilon have gamma = 0. "alpha-beta":
+    alpha times the positive ones over their sum, less beta times the negative ones over theirs. "box": a_j w_jk -
+    low w+_jk - high w-_jk. "square": w_jk ** 2. "flat": 1.
     """
 
     epsilon: float = 0.0
     gamma: float = 0.0
+    kind: str = "gamma"
+    alpha: float = 1.0
+    beta: float = 0.0
+    low: float = 0.0
+    high: float = 1.0
 
 
 DEFAULT = Rule(epsilon=1e-6)
@@ -46,30 +53,46 @@ def quotient(relevance: Tensor, z: Tensor) -> Tensor:
     return torch.where(relevance == 0, torch.zeros_like(z), relevance / z)
 
 
-def favour(weight: Tensor, gamma: float) -> Tensor:
-    return weight + gamma * weight.clamp(min=0)
-
-
-# One layer, neuron by neuron
-
-
 def linear_relevance(a: Tensor, weight: Tensor, bias: Tensor | None, relevance: Tensor, rule: Rule) -> Tensor:
-    """The sum of section 3.6.2 by loops. a (batch, J), weight (K, J), bias (K,), relevance (batch, K) -> (batch, J)."""
+    """The sums of 3.6.2 by loops. a (batch, J), weight (K, J), bias (K,), relevance (batch, K) -> (batch, J)."""
     outputs, inputs = weight.shape
     result = torch.zeros_like(a)
     for n in range(len(a)):
         for k in range(outputs):
-            contribution = []
-            for j in range(inputs):
-                w = weight[k, j].item()
-                contribution.append(a[n, j].item() * (w + rule.gamma * max(w, 0.0)))
+            w = weight[k].tolist()
             b = bias[k].item() if bias is not None else 0.0
-            z = sum(contribution) + b + rule.gamma * max(b, 0.0)
-            z += rule.epsilon if z >= 0 else -rule.epsilon
-            for j in range(inputs):
-                if relevance[n, k] != 0:
-                    result[n, j] += contribution[j] / z * relevance[n, k].item()
+            plain = [a[n, j].item() * w[j] for j in range(inputs)]
+            for factor, contribution, of_bias in contributions(plain, w, b, rule):
+                z = sum(contribution) + of_bias
+                z += rule.epsilon if z >= 0 else -rule.epsilon
+                for j in range(inputs):
+                    if relevance[n, k] != 0 and contribution[j] != 0:
+                        result[n, j] += factor * contribution[j] / z * relevance[n, k].item()
     return result
+
+
+def contributions(plain: list[float], w: list[float], b: float, rule: Rule) -> list[tuple[float, list[float], float]]:
+    """The factor, the contribution of each input and that of the bias, for each part of a rule, for one neuron."""
+    if rule.kind == "gamma":
+        sign = 1.0 if sum(plain) + b > 0 else -1.0
+        return [(1.0, [favoured(c, sign, rule.gamma) for c in plain], favoured(b, sign, rule.gamma))]
+    if rule.kind == "alpha-beta":
+        positive = rule.alpha, [max(c, 0.0) for c in plain], max(b, 0.0)
+        return [positive, (-rule.beta, [min(c, 0.0) for c in plain], min(b, 0.0))]
+    if rule.kind == "box":
+        pairs = zip(plain, w, strict=True)
+        return [(1.0, [c - rule.low * max(v, 0.0) - rule.high * min(v, 0.0) for c, v in pairs], 0.0)]
+    if rule.kind == "square":
+        return [(1.0, [v * v for v in w], b * b)]
+    assert rule.kind == "flat", rule.kind
+    return [(1.0, [1.0 for _ in w], 0.0)]
+
+
+def favoured(contribution: float, sign: float, gamma: float) -> float:
+    return contribution * (1 + gamma) if contribution * sign > 0 else contribution
+
+
+# One layer, neuron by neuron
 
 
 def same_padding(kernel: int, dilation: int) -> tuple[int, int]:
@@ -225,16 +248,54 @@ class Step:
         """The relevance of this layer's input, and where the relevance of its output went."""
         module, total = self.module, relevance.sum().item()
         if self.map is not None:
-            weight, bias = favour(module.weight, rule.gamma), spread(module.bias, self.z)
-            bias = favour(bias, rule.gamma)
-            z = self.map.forward(self.a, weight) + bias
-            s = quotient(relevance, stabilised(z, rule.epsilon))
-            absorbed = (bias * s).sum().item(), ((stabilised(z, rule.epsilon) - z) * s).sum().item()
-            return self.a * self.map.transposed(s, weight, self.a), Row(self.path, total, *absorbed)
+            down, absorbed = self._by_rule(self.map, relevance, rule)
+            return down, Row(self.path, total, *absorbed)
         if isinstance(module, nn.AvgPool2d):
             size = pooling_window(module)[0] ** 2
-            return self.a * unpool(module, quotient(relevance, self.z) / size, self.a), Row(self.path, total, 0, 0)
+            nothing = self.z == 0  # a window of zeros, of which each gets the same
+            d = torch.where(nothing, 0.0, quotient(relevance, self.z) / size)
+            equal = unpool(module, torch.where(nothing, relevance, 0.0) / size, self.a)
+            return self.a * unpool(module, d, self.a) + equal, Row(self.path, total, 0, 0)
         return self.gradient(relevance, passes_negative=True), Row(self.path, total, 0, 0)
+
+    def _by_rule(self, map: Dense | Patches, relevance: Tensor, rule: Rule) -> tuple[Tensor, tuple[float, float]]:
+        """The relevance of the input of an affine layer, and what bias and stabiliser kept, term by term."""
+        w, b, one = self.module.weight, spread(self.module.bias, self.z), torch.ones_like(self.a)
+        up, down = (self.a.clamp(min=0), self.a.clamp(max=0)), (w.clamp(min=0), w.clamp(max=0))
+        for_it, against = ([(up[0], down[0]), (up[1], down[1])], [(up[0], down[1]), (up[1], down[0])])
+        no_bias = torch.zeros_like(b)
+        parts: list[tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]]  # share of R, (input, weight) pairs, bias
+        if rule.kind == "gamma" and rule.gamma == 0:
+            parts = [(relevance, [(self.a, w)], b)]
+        elif rule.kind == "gamma":
+            plain = [(self.a, w)]
+            positive = [*plain, *((rule.gamma * x, v) for x, v in for_it)]
+            negative = [*plain, *((rule.gamma * x, v) for x, v in against)]
+            above = self.z > 0
+            parts = [
+                (relevance * above, positive, b + rule.gamma * b.clamp(min=0)),
+                (relevance * ~above, negative, b + rule.gamma * b.clamp(max=0)),
+            ]
+        elif rule.kind == "alpha-beta":
+            parts = [
+                (rule.alpha * relevance, for_it, b.clamp(min=0)),
+                (-rule.beta * relevance, against, b.clamp(max=0)),
+            ]
+        elif rule.kind == "box":
+            parts = [(relevance, [(self.a, w), (-rule.low * one, down[0]), (-rule.high * one, down[1])], no_bias)]
+        elif rule.kind == "square":
+            parts = [(relevance, [(one, w * w)], b * b)]
+        else:
+            parts = [(relevance, [(one, torch.ones_like(w))], no_bias)]
+        result, of_bias, passed = torch.zeros_like(self.a), 0.0, 0.0
+        for part, pairs, bias in parts:
+            z = sum((map.forward(x, v) for x, v in pairs), bias)
+            s = torch.where(z == 0, 0.0, quotient(part, stabilised(z, rule.epsilon)))
+            for x, v in pairs:
+                result = result + x * map.transposed(s, v, self.a)
+            of_bias += (bias * s).sum().item()
+            passed += (z * s).sum().item()
+        return result, (of_bias, relevance.sum().item() - passed)
 
     def gradient(self, gradient: Tensor, passes_negative: bool = False) -> Tensor:
         """The gradient of the loss at this layer's input, from the one at its output."""

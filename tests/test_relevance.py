@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import athena
 from athena import models
-from athena.rules import Epsilon, Gamma, Zero
+from athena.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, Zero, ZPlus
 
 RULES = {
     "zero": (Zero(), oracles.Rule()),
@@ -24,6 +24,11 @@ RULES = {
     "large epsilon": (Epsilon(0.3), oracles.Rule(epsilon=0.3)),
     "gamma": (Gamma(0.25), oracles.Rule(gamma=0.25)),
     "large gamma": (Gamma(2.0), oracles.Rule(gamma=2.0)),
+    "alpha-beta": (AlphaBeta(2.0, 1.0), oracles.Rule(kind="alpha-beta", alpha=2.0, beta=1.0)),
+    "z-plus": (ZPlus(), oracles.Rule(kind="alpha-beta")),
+    "box": (ZBox(-1.5, 2.0), oracles.Rule(kind="box", low=-1.5, high=2.0)),
+    "w-square": (WSquare(), oracles.Rule(kind="square")),
+    "flat": (Flat(), oracles.Rule(kind="flat")),
 }
 every_rule = pytest.mark.parametrize("rule", RULES)
 
@@ -107,9 +112,9 @@ def test_lrp0_equals_gradient_times_input_on_relu_networks(network: str) -> None
     close(athena.lrp(model, x, rule=Zero()).input, gradient_times_input(model, x))
 
 
-def well_conditioned(z: Tensor, zg: Tensor) -> None:
+def well_conditioned(z: Tensor) -> None:
     """A quotient by almost nothing has no digits to compare."""
-    assume(z.abs().min() > 1e-3 and zg.abs().min() > 1e-3)
+    assume(z.abs().min() > 1e-3)
 
 
 @given(
@@ -129,8 +134,7 @@ def test_a_linear_layer_shares_relevance_by_the_formula_of_its_rule(
     a = {"positive": a.abs(), "negative": -a.abs(), "mixed": a}[sign]
     ours, naive = RULES[rule]
     with torch.no_grad():
-        zg = a @ oracles.favour(layer.weight, naive.gamma).T
-        well_conditioned(layer(a), zg if layer.bias is None else zg + oracles.favour(layer.bias, naive.gamma))
+        well_conditioned(layer(a))
     relevance = images(batch, outputs)
     expected = oracles.linear_relevance(a, layer.weight, layer.bias, relevance, naive)
     close(athena.lrp(nn.Sequential(layer), a, target=lambda _: relevance, rule=ours).input, expected)
@@ -172,10 +176,9 @@ def test_a_convolution_shares_relevance_as_the_matrix_it_stands_for(drawn: tuple
         z = layer(a)
         bias = oracles.spread(layer.bias, z)
         torch.testing.assert_close(dense.forward(a, layer.weight) + bias, z)
-        zg = dense.forward(a, oracles.favour(layer.weight, naive.gamma)) + oracles.favour(bias, naive.gamma)
         touched = z != 0  # a window that lies in the padding sees nothing, and without a bias z is 0
         assume(touched.any())
-        well_conditioned(z[touched], zg[touched])
+        well_conditioned(z[touched])
     relevance = images(*z.shape) * touched
     step = oracles.Step("0", layer, a, z, dense)
     with torch.no_grad():
@@ -186,7 +189,7 @@ def test_a_convolution_shares_relevance_as_the_matrix_it_stands_for(drawn: tuple
 
 def test_the_oracle_agrees_with_itself() -> None:
     """The loops of 3.6.2, the matrix and the product with patches are three spellings of one formula."""
-    for naive in (oracles.Rule(), oracles.Rule(epsilon=0.1), oracles.Rule(gamma=0.5)):
+    for _, naive in RULES.values():
         linear, a = nn.Linear(5, 4).double(), images(3, 5)
         relevance = images(3, 4)
         with torch.no_grad():
@@ -286,7 +289,7 @@ def test_without_biases_the_stabiliser_accounts_for_all_that_is_lost(network: st
     total = table["relevance"].iloc[0]
     lost = table["stabiliser"].fillna(0).sum()
     assert table["relevance"].iloc[-1] == pytest.approx(total - lost, rel=1e-8)
-    if naive.epsilon == 0:
+    if naive.epsilon == 0 and naive.kind != "alpha-beta":  # which loses what has no contribution of its sign
         assert lost == pytest.approx(0, abs=1e-12 * abs(total))
 
 
@@ -547,8 +550,9 @@ def test_a_residual_sum_is_shared_in_proportion_to_its_terms(inplace: bool, form
         top = total.relu()
         relevance = oracles.predicted(model.head(top))
         of_sum = oracles.linear_relevance(top, model.head.weight, model.head.bias, relevance, naive)
-        of_branch = oracles.quotient(of_sum * branch, total)
-        of_h = oracles.quotient(of_sum * h, total)
+        nothing = torch.where((total == 0), of_sum / 2, 0.0)  # of two zeros each gets the same
+        of_branch = oracles.quotient(of_sum * branch, total) + nothing
+        of_h = oracles.quotient(of_sum * h, total) + nothing
         of_h = of_h + oracles.linear_relevance(h, model.body.weight, model.body.bias, of_branch, naive)
         expected = oracles.linear_relevance(x, model.stem.weight, model.stem.bias, of_h, naive)
     explained = athena.lrp(model, x, rule=ours)
@@ -654,13 +658,10 @@ class Squash(torch.autograd.Function):
 UNSUPPORTED: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
     "sin method": lambda x: x.sin(),
-    "product of activations": lambda x: x * torch.sigmoid(x),
     "square": lambda x: x**2,
-    "matrix product of activations": lambda x: x @ x.T @ x,
-    "softmax inside": lambda x: x.softmax(1),
-    "layer norm": lambda x: F.layer_norm(x, x.shape[1:]),
-    "norm": lambda x: x / x.norm(dim=1, keepdim=True),
     "exponential": torch.exp,
+    "division by activations": lambda x: 1 / x,
+    "recurrence": lambda x: torch.lstm_cell(x, (x, x), torch.zeros(20, 5).double(), torch.zeros(20, 5).double())[0],
     "absolute value": torch.abs,
     "in place": lambda x: x.sin_(),
 }
