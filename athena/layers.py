@@ -16,6 +16,7 @@ as they are. Not here: what relevance to start from (`athena.relevance`), what t
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from athena.rules import Preset, Rule, Shares, Sums, Zero, least
@@ -86,7 +87,13 @@ class Phase:
 
 
 class Kept:
-    """A tensor of the forward pass, remembered without graph, in the state it is in now."""
+    """A tensor of the forward pass, remembered without graph, in the state it is in now.
+
+    Attributes:
+        read: whether an operation has been seen to use it since.
+    """
+
+    read = False
 
     def __init__(self, tensor: Tensor, path: str) -> None:
         self.path = path
@@ -290,7 +297,9 @@ class Interception(TorchFunctionMode):
         """For the graph node of an affine layer's output its place in `records`, and the layer's input."""
         self._known: set[Any] = {None}
         self._kept: dict[int, list[Kept]] = {}  # by the address of their memory
-        self._alive: list[Tensor] = []  # the edges are valid as long as these are
+        # What a ReLU was the first to read is remembered as the ReLU's output: below 0 nothing comes down, and above it
+        # they are the same, so that one of them need not stay in memory. Should another read it too, it is put right.
+        self._replaced: dict[int, tuple[weakref.ref[Tensor], Kept]] = {}
 
     @property
     def explains(self) -> bool:
@@ -302,12 +311,21 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = (*args, *kwargs.values())
-        if self._kept and _writes_in_place(function, args, kwargs):
-            self.keep_what_is_written_over(operands)
-        self.note(operands)
         layer = LAYERS.get(function)
+        rectified: list[Kept] = []
+        if self.explains:
+            if function in RECTIFIERS and not self.rules.absolute:
+                rectified = [kept for kept in self._kept_of(operands) if not kept.read]
+            for kept in self._kept_of(operands):
+                kept.read = True
+        if self._kept and _writes_in_place(function, args, kwargs):
+            self.keep_what_is_written_over(operands, rectified)
+        self.note(operands)
         if layer is not None:
             out = layer.run(self, function, args, kwargs)
+            for kept in rectified:
+                self._replaced[id(operands[0])] = weakref.ref(operands[0]), kept
+                kept.take(out)
             self.note(out, refused=None)
         else:
             out = function(*args, **kwargs)
@@ -341,7 +359,7 @@ class Interception(TorchFunctionMode):
         if any(value is source for source in self.sources):
             return True
         goals: set[Any] = {edge.node for edge in self.edges}
-        goals.update(torch.autograd.graph.get_gradient_edge(source).node for source in self.sources)
+        goals.update(get_gradient_edge(source).node for source in self.sources)
         return self._stands_on(value, goals)
 
     @staticmethod
@@ -361,7 +379,7 @@ class Interception(TorchFunctionMode):
     def keep(self, tensor: Tensor, path: str) -> Kept:
         """Remembers `tensor` as it is now."""
         kept = Kept(tensor, path)
-        self._kept.setdefault(tensor.untyped_storage().data_ptr(), []).append(kept)
+        self._kept.setdefault(_address(tensor), []).append(kept)
         return kept
 
     def add(self, record: Record, z: Tensor) -> None:
@@ -370,15 +388,13 @@ class Interception(TorchFunctionMode):
         record.path += f"#{uses + 1}" if uses else ""
         record.kept = self.keep(z, record.path)
         self.records.append(record)
-        self.edges.append(_edge(z))
-        self._alive.append(z)
+        self.edges.append(get_gradient_edge(z))
 
     def replace(self, place: int, record: Record, z: Tensor) -> None:
         """Puts another record with its output `z` in the place of one in `records`."""
         record.path = self.records[place].path
         record.kept = self.keep(z, record.path)
-        self.records[place], self.edges[place] = record, _edge(z)
-        self._alive.append(z)
+        self.records[place], self.edges[place] = record, get_gradient_edge(z)
 
     def listens(self, guided: bool = False) -> bool:
         """Whether relevance may come down to the operation that runs now."""
@@ -390,12 +406,16 @@ class Interception(TorchFunctionMode):
             for tensor in kept:
                 tensor.check()
 
-    def keep_what_is_written_over(self, value: Any) -> None:
-        """Copies what is remembered of the tensors in `value`, before they are written to."""
+    def keep_what_is_written_over(self, value: Any, rectified: Sequence[Kept] = ()) -> None:
+        """Copies what is remembered of the tensors in `value`, but for `rectified`, before they are written to."""
         for tensor in _tensors(value):
-            for kept in self._kept.pop(tensor.untyped_storage().data_ptr(), ()):
-                kept.copy()
-                self._kept.setdefault(kept.value.untyped_storage().data_ptr(), []).append(kept)
+            for kept in self._kept.pop(_address(tensor), ()):
+                if kept not in rectified:
+                    kept.copy()
+                self._kept.setdefault(_address(kept.value), []).append(kept)
+
+    def _kept_of(self, value: Any) -> list[Kept]:
+        return [kept for tensor in _tensors(value) for kept in self._kept.get(_address(tensor), ())]
 
     def note(self, value: Any, refused: str | None = UNSEEN) -> None:
         """Lets relevance pass where `value` was made, or has it refused there.
@@ -404,6 +424,10 @@ class Interception(TorchFunctionMode):
         returns. They come from custom autograd functions, scripts and the like, and are refused.
         """
         if isinstance(value, Tensor):
+            if id(value) in self._replaced:
+                tensor, kept = self._replaced.pop(id(value))
+                if tensor() is value:
+                    kept.take(value)
             node: Any = value.grad_fn
             if node not in self._known:
                 self._known.add(node)
@@ -670,6 +694,9 @@ class Activation(Record):
         if self.measured is not None:
             self.measured.passed += _total(self.phase.of(x, d))
         return None, d
+
+
+RECTIFIERS = named("relu", "relu_")
 
 
 class ActivationLRP:
@@ -1218,9 +1245,12 @@ def _total(relevance: Tensor) -> float:
     return relevance.double().nan_to_num(0.0).sum().item()
 
 
-def _edge(z: Tensor) -> GradientEdge:
-    node: Any = z.grad_fn
-    return GradientEdge(node, z.output_nr)
+def _address(tensor: Tensor) -> int:
+    """Where the tensor's memory is; 0 for what has none of its own, as under vmap."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return 0
 
 
 def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -135,17 +135,25 @@ class Gamma(Rule):
         _at_least_zero("Gamma", "gamma", self.gamma)
 
     def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
-        """That of the positive contributions."""
-        return _by_sign(a, weight, bias, negative=False)
+        """``zg = z + gamma z+``, of which ``z+`` are the positive contributions."""
+
+        def favouring(part: Tensor) -> Tensor:
+            return part.mul_(self.gamma).add_(weight)
+
+        weights = [favouring(weight.clamp(min=0))]
+        inputs = _by_sign(a)
+        if len(inputs) == 2:
+            weights.append(favouring(weight.clamp(max=0)))
+        return Sums(inputs, [weights], [None if bias is None else bias + self.gamma * bias.clamp(min=0)])
 
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
-        """``s = R / (z + gamma z+)`` for ``z > 0``, else ``R / (z + gamma z-)``; contributions to ``z``, ``z+``."""
-        (positive,) = sums
-        for_it = z > 0
-        favoured = torch.where(for_it, positive, z - positive)
-        s = _quotient(relevance, favoured.mul_(self.gamma).add_(z))
-        extra = self.gamma * s  # of the positive contributions; the negative ones are the rest of z
-        return Shares(torch.where(for_it, s, s + extra), [torch.where(for_it, extra, -extra)])
+        """``s = R / zg`` for ``z > 0``, else ``R / (z + gamma z-)``, where ``z + gamma z- = (2 + gamma) z - zg``."""
+        (favoured,) = sums
+        above = z > 0
+        if not bool((relevance.ne(0) & ~above).any()):  # as below a ReLU
+            return Shares(None, [_quotient(relevance, favoured)])
+        s = _quotient(relevance, torch.where(above, favoured, (2 + self.gamma) * z - favoured))
+        return Shares(torch.where(above, 0, (2 + self.gamma) * s), [torch.where(above, s, -s)])
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,7 @@ class AlphaBeta(Rule):
 
     def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
         """That of the positive and, for beta above 0, that of the negative contributions."""
-        return _by_sign(a, weight, bias, negative=self.beta > 0)
+        return _contributions(a, weight, bias, negative=self.beta > 0)
 
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
         """``alpha R / z+`` and ``- beta R / z-``."""
@@ -181,7 +189,7 @@ class ZPlus(Rule):
 
     def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums:
         """That of the positive contributions."""
-        return _by_sign(a, weight, bias, negative=False)
+        return _contributions(a, weight, bias, negative=False)
 
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
         """``R / z+``."""
@@ -331,20 +339,27 @@ def _at_least_zero(rule: str, name: str, value: float) -> None:
         raise ValueError(f"{rule}({name}={value}): {name} must be at least 0")
 
 
-def _by_sign(a: Tensor, weight: Tensor, bias: Tensor | None, negative: bool) -> Sums:
+def _by_sign(a: Tensor) -> list[Tensor]:
+    """``a`` alone where all of it is at least 0, else its positive part and its negative part."""
+    if a.numel() and bool(a.min() < 0):
+        return [a.clamp(min=0), a.clamp(max=0)]
+    return [a]
+
+
+def _contributions(a: Tensor, weight: Tensor, bias: Tensor | None, negative: bool) -> Sums:
     """The sum of the positive contributions and, where asked for, that of the negative ones."""
-    up, down = weight.clamp(min=0), weight.clamp(max=0)
-    inputs, rows = [a], [[up], [down]]
-    if a.numel() and bool(a.detach().min() < 0):
-        inputs, rows = [a.clamp(min=0), a.clamp(max=0)], [[up, down], [down, up]]
+    inputs = _by_sign(a)
+    up = weight.clamp(min=0)
+    down = weight.clamp(max=0) if negative or len(inputs) == 2 else up
+    rows = [[up, down], [down, up]]
     biases = [None, None] if bias is None else [bias.clamp(min=0), bias.clamp(max=0)]
     sums = 2 if negative else 1
-    return Sums(inputs, rows[:sums], biases[:sums])
+    return Sums(inputs, [row[: len(inputs)] for row in rows[:sums]], biases[:sums])
 
 
 def _quotient(relevance: Tensor, total: Tensor) -> Tensor:
-    """``relevance / total``; where the total is 0 there are no contributions to share it, and it is merely finite."""
-    return relevance / torch.where(total == 0, least(total.dtype), total)
+    """``relevance / total``, and 0 where the total is 0, which has no contributions to share anything among."""
+    return (relevance / total).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def least(dtype: torch.dtype) -> float:
