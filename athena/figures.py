@@ -1,6 +1,7 @@
-"""The book's figures, all in one look. Each function draws from a table it is given and returns the figure.
+"""The book's figures, all in one look. Each function draws from what it is given and returns the figure.
 
 Accuracies come in as 0 to 1 and are drawn in percent, differences in percentage points, both with 95 % intervals.
+Relevance is drawn on a diverging scale with white at zero: red speaks for the class explained, blue against it.
 Not here: the numbers themselves (`athena.statistics`), and anything that moves (`athena.widgets`).
 """
 
@@ -17,10 +18,26 @@ from matplotlib.figure import Figure
 
 from athena import statistics
 
-__all__ = ["accuracy", "differences", "paired", "ratios", "starts", "style"]
+__all__ = [
+    "accuracy",
+    "arrays",
+    "conservation",
+    "differences",
+    "flipping",
+    "heat_maps",
+    "paired",
+    "ratios",
+    "relevance_limit",
+    "starts",
+    "style",
+]
 
 PLAIN, GUIDED, THESIS = "#4d4d4d", "#0072b2", "#d55e00"
 """Colours of the three arms, told apart by colour-blind readers and, by their markers, without colour."""
+BIAS, STABILISER = THESIS, GUIDED
+"""Colours of what absorbs relevance, beside `PLAIN` for the relevance itself."""
+RELEVANCE = "RdBu_r"
+"""The map of relevance."""
 LOW_DATA = 30
 """The thesis's second plot of each experiment goes up to this share of the data, in percent."""
 
@@ -188,6 +205,161 @@ def ratios(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure
         axis.set(xlabel="share of the training data (%)", ylabel="time guided / time plain", ylim=(0, None))
         axis.legend(loc="best")
     return figure
+
+
+def heat_maps(
+    images: Any,
+    maps: Mapping[str, Any],
+    names: Sequence[str] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
+    outlines: Any = None,
+    limit: float | None = None,
+    each: bool = False,
+    across: bool = False,
+) -> Figure:
+    """Images and their heat maps side by side, all maps on one scale with one colour bar.
+
+    Args:
+        images: (n, channels, height, width), from 0 to 1.
+        maps: for each title, relevance (n, channels, height, width), which is summed over the channels, in the unit of
+            the output that was explained.
+        names: what to write beside each image.
+        notes: for a title, what to write below each of its maps.
+        outlines: (n, height, width), true where the object is; its edge is drawn on the maps.
+        limit: relevance drawn in the fullest colour; by default `relevance_limit` of all maps. What lies beyond is
+            drawn in that colour too, and the ends of the colour bar say so.
+        each: every map on a scale of its own, for relevance that differs much in size.
+        across: each image gets a column; by default a row.
+    """
+    pictures = _array(images)
+    summed = {title: _array(relevance).sum(1) for title, relevance in maps.items()}
+    most = limit or relevance_limit(*maps.values())
+    shape = (len(summed) + 1, len(pictures)) if across else (len(pictures), len(summed) + 1)
+    side = 7.4 / shape[1]
+    below = 0.18 * max((text.count("\n") + 1 for texts in (notes or {}).values() for text in texts), default=0)
+    with style():
+        with_notes = len(notes or {}) if across else len(pictures)
+        figure, axes = _canvas(*shape, (8.4, side * shape[0] + below * with_notes + 0.3), squeeze=False)
+        grid = axes.T if across else axes
+        for i, row in enumerate(grid):
+            row[0].imshow(pictures[i].transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+            for axis, (title, relevance) in zip(row[1:], summed.items(), strict=True):
+                scale = relevance_limit(relevance[i][None, None]) if each else most
+                drawn = axis.imshow(relevance[i] / scale, cmap=RELEVANCE, vmin=-1, vmax=1)
+                if outlines is not None:
+                    axis.contour(_array(outlines)[i], levels=[0.5], colors="black", linewidths=0.6)
+                if notes is not None and title in notes:
+                    axis.set_xlabel(notes[title][i], fontsize=8)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            sns.despine(ax=axis, left=True, bottom=True)
+        for i, name in enumerate(names or []):
+            grid[i, 0].set_title(name, fontsize=9) if across else grid[i, 0].set_ylabel(name)
+        for j, title in enumerate(["image", *summed]):
+            grid[0, j].set_ylabel(title) if across else grid[0, j].set_title(title, fontsize=9)
+        bar = figure.colorbar(drawn, ax=axes, aspect=12 * shape[0], pad=0.015, extend="both")
+        bar.set_ticks([-1, 0, 1], labels=["−1", "0", "1"] if each else [f"−{most:.2g}", "0", f"{most:.2g}"])
+        bar.set_label("relevance / scale of each map" if each else "relevance")
+    return figure
+
+
+def relevance_limit(*maps: Any, share: float = 0.998) -> float:
+    """The size of relevance, summed over channels, that `share` of the pixels of all `maps` stay below.
+
+    The very largest pixels would set a scale on which nothing else is seen.
+    """
+    sizes = np.concatenate([np.abs(_array(relevance).sum(1)).ravel() for relevance in maps])
+    return float(np.quantile(sizes, share)) or float(sizes.max()) or 1.0
+
+
+def conservation(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Where the relevance goes from layer to layer: what each layer holds, and what it loses on the way to the next.
+
+    Args:
+        tables: for each rule, what `athena.Relevance.conservation` gives for a chain of layers.
+    """
+    columns = min(3, len(tables))
+    rows = -(-len(tables) // columns)
+    with style():
+        figure, axes = _canvas(rows, columns, (8.4, 2.3 * rows + 0.4), sharey=True, squeeze=False)
+        for axis in axes.flat[len(tables) :]:
+            axis.set_visible(False)
+        for axis, (title, table) in zip(axes.flat, tables.items(), strict=False):
+            share = 100 * table[["relevance", "bias", "stabiliser"]] / table["relevance"].iloc[0]
+            place = np.arange(len(table))
+            axis.bar(place, share["relevance"], 0.5, color=PLAIN, linewidth=0, label="relevance")
+            after_bias = share["relevance"] - share["bias"]
+            between = {"x": place[:-1] + 0.5, "width": 0.3, "linewidth": 0}
+            for what, bottom, colour in (("bias", share["relevance"], BIAS), ("stabiliser", after_bias, STABILISER)):
+                axis.bar(**between, height=-share[what][:-1], bottom=bottom[:-1], color=colour, label=f"{what} absorbs")
+            axis.axhline(100, color="black", linewidth=0.8)
+            axis.set_xticks(place, table["layer"], rotation=30, ha="right", rotation_mode="anchor")
+            axis.set_title(title, fontsize=9)
+            axis.grid(visible=False, axis="x")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("share of the start (%)")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def flipping(curves: pd.DataFrame) -> Figure:
+    """The probability of a class while pixels are taken away, the most relevant first.
+
+    Args:
+        curves: from `athena.quality.pixel_flipping`. Columns called ``random`` or ``control: ...`` are drawn in grey.
+    """
+    names = [str(name) for name in curves]
+    controls = [name for name in names if name == "random" or name.startswith("control: ")]
+    maps = [name for name in names if name not in controls]
+    share = 100 * curves.index
+    with style():
+        figure, axis = _canvas(1, 1, (8.4, 3.4))
+        for i, (name, colour) in enumerate(zip(maps, sns.color_palette("colorblind", len(maps)), strict=True)):
+            marker = "osDv^P*X"[i % 8]
+            axis.plot(share, 100 * curves[name], marker=marker, markersize=3.5, linewidth=1.2, color=colour, label=name)
+        for i, name in enumerate(controls):
+            line = "-" if name == "random" else ("--", ":", "-.")[i % 3]
+            axis.plot(share, 100 * curves[name], line, linewidth=1.2, color="#8c8c8c", label=name)
+        axis.set(xlabel="pixels taken away (%)", ylabel="probability of the answer (%)", ylim=(0, None))
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def arrays(panels: Mapping[str, Any], relevance: Sequence[str] = (), digits: int = 2) -> Figure:
+    """Small arrays with their numbers written into the cells.
+
+    Args:
+        panels: for each title, an array (height, width).
+        relevance: the titles of those that hold relevance, coloured on one scale; the others are shaded by value.
+        digits: decimals at most.
+    """
+    values = {title: _array(panel).astype(float) for title, panel in panels.items()}
+    most = max((np.abs(values[title]).max() for title in relevance), default=1.0) or 1.0
+    tallest = max(panel.shape[0] for panel in values.values())
+    widths = [max(panel.shape[1], 3) for panel in values.values()]  # room for a title
+    cell = min(8.4 / (sum(widths) + 0.6 * len(widths)), 0.5)
+    with style():
+        figure, axes = _canvas(1, len(values), (8.4, cell * tallest + 0.5), width_ratios=widths, squeeze=False)
+        for axis, width, (title, panel) in zip(axes[0], widths, values.items(), strict=True):
+            signed = title in relevance
+            size = most if signed else 2 * (np.abs(panel).max() or 1.0)  # half the scale: the writing stays readable
+            axis.imshow(panel, cmap=RELEVANCE if signed else "Greys", vmin=-size if signed else 0, vmax=size)
+            for (i, j), value in np.ndenumerate(panel):
+                text = f"{round(value, digits) + 0.0:g}".replace("-", "−")
+                dark = signed and abs(value) > 0.6 * size
+                axis.text(j, i, text, ha="center", va="center", fontsize=9, color="w" if dark else "k")
+            middle = (panel.shape[1] - 1) / 2
+            axis.set(xlim=(middle - width / 2, middle + width / 2), ylim=(tallest - 0.5, -0.5), xticks=[], yticks=[])
+            axis.set_title(title, fontsize=9)
+            axis.grid(visible=False)
+            sns.despine(ax=axis, left=True, bottom=True)
+    return figure
+
+
+def _array(values: Any) -> Any:
+    """A tensor, wherever it is, or anything like an array, as numpy's."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def _canvas(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:

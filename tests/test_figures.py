@@ -66,6 +66,81 @@ def test_time_is_drawn_as_a_ratio(frame: pd.DataFrame) -> None:
     np.testing.assert_allclose(figures.ratios(table).axes[0].lines[0].get_ydata(), 2.0)
 
 
+def images_in(figure: Figure) -> list[np.ndarray]:
+    return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
+
+
+def test_heat_maps_sum_relevance_over_channels_and_share_one_scale() -> None:
+    relevance = np.zeros((2, 3, 4, 4))
+    relevance[0, :, 1, 2], relevance[1, 0, 0, 0] = 1.0, -6.0
+    pictures = np.full((2, 3, 4, 4), 0.5)
+    drawn = images_in(figures.heat_maps(pictures, {"rule": relevance}, limit=6.0))
+    assert drawn[1][1, 2] == pytest.approx(3 / 6)
+    assert drawn[3][0, 0] == pytest.approx(-6 / 6)
+    apart = images_in(figures.heat_maps(pictures, {"rule": relevance}, each=True))
+    assert abs(apart[3][0, 0]) > abs(drawn[1][1, 2])
+
+
+def test_heat_maps_lie_in_rows_or_columns_with_their_titles_and_notes() -> None:
+    relevance, pictures = np.ones((3, 1, 4, 4)), np.zeros((3, 1, 4, 4))
+    rows = figures.heat_maps(pictures, {"a": relevance, "b": relevance}, list("xyz"), {"b": ["1", "2", "3"]})
+    assert [axis.get_title() for axis in rows.axes[:3]] == ["image", "a", "b"]
+    assert [axis.get_ylabel() for axis in rows.axes[:9:3]] == ["x", "y", "z"]
+    assert [axis.get_xlabel() for axis in rows.axes[2:9:3]] == ["1", "2", "3"]
+    columns = figures.heat_maps(
+        pictures, {"a": relevance}, list("xyz"), outlines=np.eye(4)[None].repeat(3, 0), across=True
+    )
+    assert [axis.get_title() for axis in columns.axes[:3]] == ["x", "y", "z"]
+    assert [axis.get_ylabel() for axis in columns.axes[:6:3]] == ["image", "a"]
+
+
+def test_the_scale_of_relevance_is_above_all_but_a_few_pixels_and_never_zero() -> None:
+    relevance = np.arange(1000.0).reshape(1, 1, 25, 40)
+    assert 990 < figures.relevance_limit(relevance, -relevance) < 999
+    lonely = np.zeros((1, 1, 40, 40))
+    lonely[0, 0, 0, 0] = -5.0
+    assert figures.relevance_limit(lonely) == 5.0
+    assert figures.relevance_limit(np.zeros((1, 1, 4, 4))) == 1.0
+
+
+def test_conservation_is_drawn_in_percent_of_the_start_and_adds_up() -> None:
+    table = pd.DataFrame(
+        {
+            "layer": ["top", "bottom", "input"],
+            "relevance": [8.0, 7.0, 4.0],
+            "bias": [-1.0, 2.0, 0.0],
+            "stabiliser": [2.0, 1.0, 0.0],
+        }
+    )
+    (axis,) = figures.conservation({"rule": table}).axes
+    relevance, bias, stabiliser = axis.containers
+    np.testing.assert_allclose([bar.get_height() for bar in relevance], [100, 87.5, 50])
+    for i in range(2):
+        for part in (bias, stabiliser):
+            assert len(part) == 2
+        left = relevance[i].get_height() + bias[i].get_height() + stabiliser[i].get_height()
+        assert left == pytest.approx(relevance[i + 1].get_height())
+        assert bias[i].get_y() == pytest.approx(relevance[i].get_height())
+
+
+def test_flipping_curves_are_drawn_in_percent_with_controls_in_grey() -> None:
+    curves = pd.DataFrame({"a": [1.0, 0.5], "control: edges": [1.0, 0.8], "random": [1.0, 0.9]}, index=[0.0, 1.0])
+    figure = figures.flipping(curves)
+    drawn = lines(figure, 0)
+    assert {name: values.tolist() for name, values in drawn.items()} == {
+        "a": [100, 50],
+        "control: edges": [100, 80],
+        "random": [100, 90],
+    }
+    colours = {line.get_label(): line.get_color() for line in figure.axes[0].lines}
+    assert colours["control: edges"] == colours["random"] != colours["a"]
+
+
+def test_arrays_are_written_as_their_numbers_without_minus_zero() -> None:
+    figure = figures.arrays({"in": np.array([[1.0, -2.5]]), "out": np.array([[-0.0], [-1e-9]])}, relevance=["out"])
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [["1", "−2.5"], ["0", "0"]]
+
+
 def test_no_figure_stays_behind_in_pyplot_or_changes_its_look(frame: pd.DataFrame) -> None:
     before = dict(plt.rcParams)
     figures.accuracy(frame, 1.0)
