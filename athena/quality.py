@@ -156,8 +156,9 @@ def randomisation(
 ) -> pd.DataFrame:
     """How much of a heat map is left when the parameters are drawn anew, layer after layer from the output down.
 
-    A map that stays as it was shows the image, not what the network has learned. Maps that are multiplied by the
-    input stay alike to some degree, since the input is in both: compare methods with each other, not with 0.
+    A map that stays as it was shows the image, not what the network has learned. But likeness need not fall to 0: where
+    the image has edges, and where the input that a map is multiplied by is large, absolute values stay large. Compare
+    methods with each other, and with a map of the image alone.
 
     A module draws its parameters as PyTorch does for a new one (``reset_parameters``); those that it has no draw for
     are put in random order. The model itself and the global random state stay as they are.
