@@ -1068,9 +1068,9 @@ class Affine(Record):
         assert sums is not None
         with torch.enable_grad():
             inputs = self._joined(sums.inputs, self._channels).detach().requires_grad_()
-            totals = self._totals(inputs, sums)
-        shares = self._shares(d, totals, sums)
-        (down,) = torch.autograd.grad(totals, inputs, shares.others)
+            joined = self._sums(inputs, sums)
+        shares = self._shares(d, self._totals(joined, sums))
+        (down,) = torch.autograd.grad(joined, inputs, self._joined(shares.others, self._channels))
         parts = self._parted(down, self._channels, len(sums.inputs))
         if self.rule.absolute:
             relevance = sum(x * part for x, part in zip(sums.inputs, parts, strict=True))
@@ -1093,28 +1093,31 @@ class Affine(Record):
             return bias, total - _total(self.z.double() * s)
         sums = self.rule.sums(self.a.value, self.weight, self.bias)
         assert sums is not None
-        totals = self._totals(self._joined(sums.inputs, self._channels), sums)
-        own, others = self._shares(d, totals, sums)
+        totals = self._totals(self._sums(self._joined(sums.inputs, self._channels), sums), sums)
+        own, others = self._shares(d, totals)
         bias = passed = 0.0
         if own is not None:
             bias += 0.0 if self.bias is None else _total(self.bias.double() * own)
             passed += _total(self.z.double() * own)
         for s, z, b in zip(others, totals, sums.biases, strict=True):
-            of_bias = 0.0 if b is None else _total(b.double() * s)
-            bias += of_bias
-            passed += _total(z.double() * s) + of_bias
+            bias += 0.0 if b is None else _total(b.double() * s)
+            passed += _total(z.double() * s)
         return bias, total - passed
 
-    def _shares(self, d: Tensor, totals: Sequence[Tensor], sums: Sums) -> Shares:
-        with_bias = [t.detach() if b is None else t.detach() + b for t, b in zip(totals, sums.biases, strict=True)]
-        return self.rule.share(self.phase.of(self.z, d), self.z, with_bias)
+    def _shares(self, d: Tensor, totals: Sequence[Tensor]) -> Shares:
+        return self.rule.share(self.phase.of(self.z, d), self.z, totals)
 
-    def _totals(self, inputs: Tensor, sums: Sums) -> Sequence[Tensor]:
-        """The sums without their biases, all in one call of the layer's function."""
+    def _sums(self, inputs: Tensor, sums: Sums) -> Tensor:
+        """The sums without their biases, joined: one call of the layer's function."""
         groups, transposed = self.call.groups, self.call.transposed
         rows = [_joined(row, 0 if transposed else 1, groups if transposed else 1) for row in sums.weights]
         weight = _joined(rows, 1 if transposed else 0, 1 if transposed else groups)
-        return self._parted(self.call(inputs, weight), self._channels, len(rows))
+        return self.call(inputs, weight)
+
+    def _totals(self, joined: Tensor, sums: Sums) -> Sequence[Tensor]:
+        """The sums one by one, in the same memory, which then has their biases."""
+        totals = self._parted(joined.detach(), self._channels, len(sums.weights))
+        return [total if bias is None else total.add_(bias) for total, bias in zip(totals, sums.biases, strict=True)]
 
     @property
     def _channels(self) -> int:

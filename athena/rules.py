@@ -82,7 +82,10 @@ class Rule:
         return None
 
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
-        """Divides `relevance`, that of ``z``, by the sums that were asked for; all in the shape of ``z``."""
+        """Divides `relevance`, that of ``z``, by the sums that were asked for; all in the shape of ``z``.
+
+        `relevance` is the rule's own, to be written over.
+        """
         raise NotImplementedError(f"{self} asks for no sums")
 
     def __str__(self) -> str:
@@ -147,13 +150,13 @@ class Gamma(Rule):
         return Sums(inputs, [weights], [None if bias is None else bias + self.gamma * bias.clamp(min=0)])
 
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
-        """``s = R / zg`` for ``z > 0``, else ``R / (z + gamma z-)``, where ``z + gamma z- = (2 + gamma) z - zg``."""
+        """``s = R / zg`` for ``z >= 0``, else ``R / (z + gamma z-)``, where ``z + gamma z- = (2 + gamma) z - zg``."""
         (favoured,) = sums
-        above = z > 0
-        if not bool((relevance.ne(0) & ~above).any()):  # as below a ReLU
+        if not (_any_below_zero(z) and bool((relevance.ne(0) & z.lt(0)).any())):  # as below a ReLU
             return Shares(None, [_quotient(relevance, favoured)])
-        s = _quotient(relevance, torch.where(above, favoured, (2 + self.gamma) * z - favoured))
-        return Shares(torch.where(above, 0, (2 + self.gamma) * s), [torch.where(above, s, -s)])
+        below = z < 0
+        s = _quotient(relevance, torch.where(below, (2 + self.gamma) * z - favoured, favoured))
+        return Shares(torch.where(below, (2 + self.gamma) * s, 0), [torch.where(below, -s, s)])
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ class AlphaBeta(Rule):
     def share(self, relevance: Tensor, z: Tensor, sums: Sequence[Tensor]) -> Shares:
         """``alpha R / z+`` and ``- beta R / z-``."""
         factors = (self.alpha, -self.beta)
-        return Shares(None, [_quotient(relevance, s).mul_(factor) for factor, s in zip(factors, sums, strict=False)])
+        parts = [relevance.clone() for _ in sums]
+        return Shares(None, [_quotient(*of).mul_(factor) for *of, factor in zip(parts, sums, factors, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -341,7 +345,7 @@ def _at_least_zero(rule: str, name: str, value: float) -> None:
 
 def _by_sign(a: Tensor) -> list[Tensor]:
     """``a`` alone where all of it is at least 0, else its positive part and its negative part."""
-    if a.numel() and bool(a.min() < 0):
+    if _any_below_zero(a):
         return [a.clamp(min=0), a.clamp(max=0)]
     return [a]
 
@@ -357,9 +361,13 @@ def _contributions(a: Tensor, weight: Tensor, bias: Tensor | None, negative: boo
     return Sums(inputs, [row[: len(inputs)] for row in rows[:sums]], biases[:sums])
 
 
+def _any_below_zero(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and bool(tensor.min() < 0)
+
+
 def _quotient(relevance: Tensor, total: Tensor) -> Tensor:
-    """``relevance / total``, and 0 where the total is 0, which has no contributions to share anything among."""
-    return (relevance / total).nan_to_num_(0.0, 0.0, 0.0)
+    """``relevance / total`` in the memory of `relevance`, and 0 where the total has no contributions to share it."""
+    return relevance.div_(total).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def least(dtype: torch.dtype) -> float:

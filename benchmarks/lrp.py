@@ -2,9 +2,10 @@
 
     python benchmarks/lrp.py --steps 10 --threads 1 --device cpu
 
-All arms of a network take turns in one process, so that whatever else the machine does hits them alike. An explanation
-is that of the predicted class of each of a batch of random images, down to the input, by a float32 network in eval
-mode with random weights. The arms:
+All arms of a network take turns in one process, in an order drawn anew for each round, so that whatever else the
+machine does, and the memory that the arm before has left behind, hits them alike. An explanation is that of the
+predicted class of each of a batch of random images, down to the input, by a float32 network in eval mode with random
+weights. The arms:
 
     plain     `torch.autograd.grad` of the predicted logits to the input; parameters are as a model has them, requiring
               gradients, though none is computed for them
@@ -30,6 +31,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -242,9 +244,9 @@ def measure(network: str, steps: int, threads: int, device: str) -> str:
     arms = arms_of(network, device)
     seconds: list[list[float]] = [[] for _ in arms]
     peak = [0] * len(arms)
+    order = random.Random(0)
     for step in range(WARM_UP + steps):
-        for turn in range(len(arms)):
-            place = (step + turn) % len(arms)
+        for place in order.sample(range(len(arms)), len(arms)):
             taken, needed = timed(arms[place], device)
             peak[place] = max(peak[place], needed)
             if step >= WARM_UP:
