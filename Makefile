@@ -8,6 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VENDOR := book/_assets/vendor
+WIDGETS := @jupyter-widgets/html-manager/dist
 
 .PHONY: help book test lint assets clean
 
@@ -41,12 +42,13 @@ assets:
 	  echo "npm could not fetch the scripts: widgets and formulae of the book will be loaded over the network."; \
 	fi
 
-$(VENDOR)/.fetched: package.json package-lock.json
+$(VENDOR)/.fetched: package.json package-lock.json Makefile
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
-	mkdir -p $(VENDOR)
-	cp node_modules/requirejs/require.js node_modules/@jupyter-widgets/html-manager/dist/embed-amd.js \
-	  node_modules/mathjax/es5/tex-svg.js $(VENDOR)
+	mkdir -p $(VENDOR) book/_extra/$(WIDGETS)
+	cp node_modules/requirejs/require.js node_modules/$(WIDGETS)/embed-amd.js node_modules/mathjax/es5/tex-svg.js \
+	  $(VENDOR)
+	cp node_modules/$(WIDGETS)/*.woff2 book/_extra/$(WIDGETS)
 	@touch $@
 
 clean:
-	rm -rf book/_build $(VENDOR) node_modules build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf book/_build book/_extra $(VENDOR) node_modules build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ def use_fetched_assets(app: Sphinx, config: Config) -> None:
     if all((vendor / name).is_file() for name in (*WIDGETS, MATHJAX)):
         config.nb_ipywidgets_js = {f"vendor/{name}": {} for name in WIDGETS}
         config.mathjax_path = f"vendor/{MATHJAX}"
+        config.html_extra_path = ["_extra"]  # the widgets' icons, where their script looks for them: beside the pages
     else:
         logger.info("No %s: widgets and formulae will be loaded over the network.", vendor)
 
