@@ -57,9 +57,12 @@ COLUMNS = [field.name for field in fields(Run)] + [
     *("fingerprint", "accuracies"),
 ]
 """The columns of `results`."""
-IMAGES = {"mnist": 60_000, "cifar10": 50_000, "mnist5k": 4_000, "mnistm5k": 4_000}
+IMAGES = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "mnist5k": (4_000, 1_000), "mnistm5k": (4_000, 1_000)}
+"""How many there are to train on, and to test on."""
 STEP_COST = {"mlp": 1.0, "cnn": 45.0}
 GUIDED_COST = 1.3
+FORWARD_COST = 1 / 3
+"""Scoring an image, in steps on it."""
 
 
 class StoreError(Exception):
@@ -333,9 +336,11 @@ def sweep(
 
 
 def cost(run: Run) -> float:
-    """What a run costs, in passes of the MLP over one image, roughly: to order runs and to tell the time left."""
-    images = IMAGES[run.dataset] * run.fraction * run.epochs
-    return images * STEP_COST[run.model] * (GUIDED_COST if run.factor else 1.0) + 3000
+    """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left."""
+    images, tested = IMAGES[run.dataset]
+    trained = images * run.fraction * run.epochs * (GUIDED_COST if run.factor else 1.0)
+    looks = run.epochs / run.window if run.monitor else 0  # each about as dear as a test
+    return (trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000
 
 
 def _run(line: dict[str, Any]) -> Run:

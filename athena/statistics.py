@@ -4,15 +4,17 @@ Two runs with the same seed share initial weights, data subset and order of batc
 pair. This file computes numbers from a table of finished runs; it trains nothing, reads no files and draws nothing.
 """
 
+import functools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 
 from athena.experiments import ARM
@@ -138,6 +140,84 @@ def ratio(
             {**cell.settings, "n": len(logs), "ratio": centre, "low": low, "high": high, "unpaired": cell.unpaired}
         )
     return pd.DataFrame(rows)
+
+
+def data_efficiency(
+    frame: pd.DataFrame,
+    baseline: Mapping[str, object] = {"factor": 0},
+    *,
+    value: str = "accuracy",
+    over: str = "fraction",
+    confidence: float = 0.95,
+) -> pd.DataFrame:
+    """How many times the data the baseline needs for the accuracy of each treatment (thesis figure 6.1, read across).
+
+    Accuracy is averaged over seeds at each share of the data, and a curve that never falls is fitted to it over the
+    logarithm of the share (isotonic regression, straight lines between). At every accuracy that both curves reach, the
+    ratio is the share at which the baseline reaches it over that of the treatment; nothing is extrapolated.
+
+    Pairs are those of `compare` with the same `over`, so a seed enters with all of its shares or not at all.
+
+    Returns:
+        One row a cell: its columns; `n` seeds; `ratio`, the geometric mean over those accuracies, above 1 where the
+        treatment needs fewer data; `low` and `high`, percentiles of 2,000 bootstrap samples of whole seeds, narrow
+        where seeds are few; `reached_from` and `reached_to`, the accuracies, in the unit of `value`; `dropped` as in
+        `compare`. NaN where no accuracy is reached by both, and for an interval where it is so in one of the samples.
+
+    Raises:
+        ValueError: as for `compare`, or a share is not above 0.
+    """
+    rows = []
+    for cell in _cells(frame, baseline, value, over=over):
+        shares = np.array(sorted(cell.levels, key=_order), dtype=np.float64)
+        if not (shares > 0).all():
+            raise ValueError(f"a share of the data is above 0, but {over!r} goes down to {shares.min()}")
+        seeds = cell.complete()
+        values = np.array([[cell.pairs[seed][share] for share in shares] for seed in seeds]).reshape(-1, len(shares), 2)
+        horizontal = functools.partial(_horizontal, np.log(shares))
+        distance, *reached = horizontal(values)
+        bounds = _bootstrapped(horizontal, values, confidence)
+        ratio, low, high = np.exp([distance, *bounds]).tolist()
+        rows.append(
+            {**cell.settings, "n": len(seeds), "ratio": ratio, "low": low, "high": high}
+            | {"reached_from": reached[0], "reached_to": reached[1], "dropped": cell.dropped}
+        )
+    return pd.DataFrame(rows)
+
+
+def _horizontal(x: Floats, values: Floats) -> tuple[float, float, float]:
+    """How much further right the first of two curves is, averaged over the heights both reach, and from where to where.
+
+    `values` is (seeds, len(x), 2); a curve is the rising fit to the mean over the seeds.
+    """
+    nowhere = (float("nan"),) * 3
+    if not len(values):
+        return nowhere
+    curves = [optimize.isotonic_regression(curve).x for curve in values.mean(axis=0).T]
+    low, high = max(curve[0] for curve in curves), min(curve[-1] for curve in curves)
+    if not low < high:
+        return nowhere
+    heights = low + (np.arange(400) + 0.5) / 400 * (high - low)
+    first, second = (np.interp(heights, curve, x) for curve in curves)
+    return float((first - second).mean()), float(low), float(high)
+
+
+def _bootstrapped(of: Callable[[Floats], Sequence[float]], values: Floats, confidence: float) -> tuple[float, float]:
+    """Percentiles of ``of(values)[0]`` over 2,000 samples with replacement of the rows; NaN if one of them is."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # says that it is NaN
+        bounds = stats.bootstrap(
+            (np.arange(len(values)),),
+            lambda rows: of(values[rows])[0],
+            method="percentile",
+            n_resamples=2000,
+            vectorized=False,
+            confidence_level=confidence,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    return float(bounds.low), float(bounds.high)
 
 
 def beside(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:

@@ -362,7 +362,7 @@ def test_the_cheapest_runs_come_first(store: Store, trainer: Trainer) -> None:
     ascending = [
         TINY,
         replace(TINY, factor=1.0),
-        replace(TINY, epochs=30),
+        replace(TINY, epochs=5),
         replace(TINY, fraction=1.0),
         replace(TINY, fraction=1.0, factor=1.0),
         replace(TINY, model="cnn", fraction=1.0),

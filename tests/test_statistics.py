@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from athena.statistics import compare, ratio, run_fields, summary, verdict
+from athena.statistics import compare, data_efficiency, ratio, run_fields, summary, verdict
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -377,6 +377,64 @@ def test_ratio_pairs_runs_of_one_device_only():
 def test_ratio_refuses_values_that_are_not_positive():
     with pytest.raises(ValueError, match="above 0, but 'seconds' goes down to 0"):
         ratio(study({"seconds": 0.0}, {"factor": 1.0}))
+
+
+SHARES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+
+
+def curves(plain, guided, seeds=4, noise=0.0):
+    """Runs of both arms at every share; `plain` and `guided` are functions of the share."""
+    rng = np.random.default_rng(1)
+    return study(
+        *(
+            {"fraction": share, "seed": seed, "factor": factor, "accuracy": of(share) + noise * rng.normal()}
+            for factor, of in ((0.0, plain), (1.0, guided))
+            for share in SHARES
+            for seed in range(seeds)
+        )
+    )
+
+
+def logarithmic(share):
+    return 0.9 + 0.1 * math.log(share)
+
+
+@pytest.mark.parametrize("times", [0.5, 1.0, 1.7, 3.0])
+def test_a_curve_shifted_along_the_data_needs_as_many_times_fewer(times):
+    row = only(data_efficiency(curves(logarithmic, lambda share: logarithmic(times * share))))
+    assert row["ratio"] == pytest.approx(times, rel=1e-9)
+    assert row["low"] == pytest.approx(times, rel=1e-9) and row["high"] == pytest.approx(times, rel=1e-9)
+    assert row["n"] == 4
+    assert row["reached_from"] == pytest.approx(logarithmic(max(1.0, times) * 0.01))
+    assert row["reached_to"] == pytest.approx(logarithmic(min(1.0, times)))
+
+
+def test_the_interval_of_noisy_curves_holds_the_true_ratio():
+    row = only(data_efficiency(curves(logarithmic, lambda share: logarithmic(1.5 * share), seeds=8, noise=0.02)))
+    assert row["low"] < 1.5 < row["high"] and row["low"] > 1
+
+
+def test_where_no_accuracy_is_reached_by_both_there_is_no_ratio():
+    row = only(data_efficiency(curves(logarithmic, lambda share: logarithmic(share) - 1)))
+    assert row[["ratio", "low", "high", "reached_from", "reached_to"]].isna().all()
+
+
+def test_a_curve_that_collapses_is_read_as_the_level_that_it_keeps():
+    """Its fit is flat where it would fall, so that more data never count as fewer."""
+    row = only(data_efficiency(curves(logarithmic, lambda share: logarithmic(share) if share < 0.5 else 0.3)))
+    assert row["ratio"] < 1
+    assert row["reached_to"] < logarithmic(0.2)
+
+
+def test_one_seed_has_a_ratio_and_no_interval():
+    row = only(data_efficiency(curves(logarithmic, logarithmic, seeds=1)))
+    assert row["ratio"] == 1 and math.isnan(row["low"]) and math.isnan(row["high"])
+
+
+def test_data_efficiency_uses_whole_seeds():
+    frame = curves(logarithmic, logarithmic)
+    row = only(data_efficiency(frame.drop(frame.query("factor == 1 and seed == 2 and fraction == 0.5").index)))
+    assert row["n"] == 3 and row["dropped"] == 1
 
 
 @pytest.mark.parametrize(
