@@ -22,7 +22,9 @@ __all__ = [
 ]
 
 # Explaining and guiding need PyTorch alone; the rooms that need more are imported when they are first asked for.
-_ROOMS = ("data", "experiments", "figures", "layers", "models", "quality", "statistics", "training", "widgets")
+_ROOMS = (
+    *("data", "experiments", "figures", "layers", "models", "quality", "statistics", "tables", "training", "widgets"),
+)
 _HOMES = {"Run": "training", "results": "experiments", "train": "training"}
 
 

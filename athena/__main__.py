@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import typer
 
-from athena import data, experiments, layers, statistics, training
+from athena import data, experiments, layers, statistics, tables, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -78,8 +78,7 @@ def report(study: StudyFile) -> None:
     typer.echo(f"{plan.title}\n{plan.question.strip()}\n\n{len(done)} of {len(plan.runs)} runs.\n")
     table = statistics.compare(done)
     if plan.thesis_table:
-        if "fraction" not in table:  # all that has been measured so far has the same
-            table.insert(0, "fraction", done["fraction"].iloc[0])
+        table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
     typer.echo(in_percent(table).to_string(index=False))
 

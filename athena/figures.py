@@ -21,6 +21,7 @@ from athena import statistics
 __all__ = [
     "accuracy",
     "arrays",
+    "canvas",
     "conservation",
     "differences",
     "flipping",
@@ -64,6 +65,16 @@ def style() -> Any:
         yield
 
 
+def canvas(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches and its axes, as ``plt.subplots`` gives them; call it within `style`.
+
+    pyplot does not keep it: a notebook shows it once, as the value of its cell.
+    """
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)
+    plt.close(figure)
+    return figure, axes
+
+
 def accuracy(
     frame: pd.DataFrame,
     factor: float,
@@ -86,7 +97,7 @@ def accuracy(
     if factor:
         arms[f"guided, factor {factor:g} (n = {_seeds(frame, factor)})"] = (factor, GUIDED, "s")
     with style():
-        figure, axes = _canvas(1, 2, (8.4, 3.5))
+        figure, axes = canvas(1, 2, (8.4, 3.5))
         for axis, most, name in zip(axes, (100, LOW_DATA), ("full", "low"), strict=True):
             for label, (value, colour, marker) in arms.items():
                 _mean_line(axis, frame[(frame["factor"] == value) & _upto(frame, most)], label, colour, marker)
@@ -112,7 +123,7 @@ def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None
     columns = min(3, len(factors))
     rows = -(-len(factors) // columns)
     with style():
-        figure, axes = _canvas(rows, columns, (8.4, 2.5 * rows + 0.3), sharex=True, squeeze=False)
+        figure, axes = canvas(rows, columns, (8.4, 2.5 * rows + 0.3), sharex=True, squeeze=False)
         for axis in axes.flat[len(factors) :]:
             axis.set_visible(False)
         for axis, factor in zip(axes.flat, factors, strict=False):
@@ -142,7 +153,7 @@ def paired(frame: pd.DataFrame, arms: Sequence[tuple[str, Mapping[str, Any]]]) -
     """
     plain = frame[frame["factor"] == 0].set_index("seed")["accuracy"]
     with style():
-        figure, axis = _canvas(1, 1, (8.4, 0.55 * len(arms) + 1.0))
+        figure, axis = canvas(1, 1, (8.4, 0.55 * len(arms) + 1.0))
         for row, (_, chosen) in enumerate(arms):
             picked = frame[np.logical_and.reduce([frame[name] == value for name, value in chosen.items()])]
             gain = 100 * (picked.set_index("seed")["accuracy"] - plain).dropna()
@@ -165,7 +176,7 @@ def starts(table: pd.DataFrame, names: Mapping[str, str]) -> Figure:
     """
     rules = sorted(table["rule"].unique(), key=lambda rule: float(rule.partition("(")[2].rstrip(")")))
     with style():
-        figure, axes = _canvas(len(names), len(rules), (8.4, 1.75 * len(names) + 0.5), squeeze=False)
+        figure, axes = canvas(len(names), len(rules), (8.4, 1.75 * len(names) + 0.5), squeeze=False)
         for (target, name), row in zip(names.items(), axes, strict=True):
             for rule, axis in zip(rules, row, strict=True):
                 part = table[(table["target"] == target) & (table["rule"] == rule)]
@@ -194,7 +205,7 @@ def ratios(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure
         published: rows of the thesis's table of training times, to draw its ratio as well; None for none.
     """
     with style():
-        figure, axis = _canvas(1, 1, (8.4, 2.9))
+        figure, axis = canvas(1, 1, (8.4, 2.9))
         part = table.sort_values("fraction")
         _with_interval(axis, 100 * part["fraction"], part[["ratio", "low", "high"]], "measured here", GUIDED)
         if published is not None:
@@ -239,7 +250,7 @@ def heat_maps(
     below = 0.18 * max((text.count("\n") + 1 for texts in (notes or {}).values() for text in texts), default=0)
     with style():
         with_notes = len(notes or {}) if across else len(pictures)
-        figure, axes = _canvas(*shape, (8.4, side * shape[0] + below * with_notes + 0.3), squeeze=False)
+        figure, axes = canvas(*shape, (8.4, side * shape[0] + below * with_notes + 0.3), squeeze=False)
         grid = axes.T if across else axes
         for i, row in enumerate(grid):
             row[0].imshow(pictures[i].transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
@@ -282,7 +293,7 @@ def conservation(tables: Mapping[str, pd.DataFrame]) -> Figure:
     columns = min(3, len(tables))
     rows = -(-len(tables) // columns)
     with style():
-        figure, axes = _canvas(rows, columns, (8.4, 2.3 * rows + 0.4), sharey=True, squeeze=False)
+        figure, axes = canvas(rows, columns, (8.4, 2.3 * rows + 0.4), sharey=True, squeeze=False)
         for axis in axes.flat[len(tables) :]:
             axis.set_visible(False)
         for axis, (title, table) in zip(axes.flat, tables.items(), strict=False):
@@ -314,7 +325,7 @@ def flipping(curves: pd.DataFrame) -> Figure:
     maps = [name for name in names if name not in controls]
     share = 100 * curves.index
     with style():
-        figure, axis = _canvas(1, 1, (8.4, 3.4))
+        figure, axis = canvas(1, 1, (8.4, 3.4))
         for i, (name, colour) in enumerate(zip(maps, sns.color_palette("colorblind", len(maps)), strict=True)):
             marker = "osDv^P*X"[i % 8]
             axis.plot(share, 100 * curves[name], marker=marker, markersize=3.5, linewidth=1.2, color=colour, label=name)
@@ -340,7 +351,7 @@ def arrays(panels: Mapping[str, Any], relevance: Sequence[str] = (), digits: int
     widths = [max(panel.shape[1], 3) for panel in values.values()]  # room for a title
     cell = min(8.4 / (sum(widths) + 0.6 * len(widths)), 0.5)
     with style():
-        figure, axes = _canvas(1, len(values), (8.4, cell * tallest + 0.5), width_ratios=widths, squeeze=False)
+        figure, axes = canvas(1, len(values), (8.4, cell * tallest + 0.5), width_ratios=widths, squeeze=False)
         for axis, width, (title, panel) in zip(axes[0], widths, values.items(), strict=True):
             signed = title in relevance
             size = most if signed else 2 * (np.abs(panel).max() or 1.0)  # half the scale: the writing stays readable
@@ -360,13 +371,6 @@ def arrays(panels: Mapping[str, Any], relevance: Sequence[str] = (), digits: int
 def _array(values: Any) -> Any:
     """A tensor, wherever it is, or anything like an array, as numpy's."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
-
-
-def _canvas(rows: int, columns: int, size: tuple[float, float], **settings: Any) -> tuple[Figure, Any]:
-    """A figure that pyplot does not keep: a notebook shows it once, as the value of its cell."""
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)
-    plt.close(figure)
-    return figure, axes
 
 
 def _around_the_lines(axis: Axes) -> tuple[float, float]:

@@ -1,0 +1,94 @@
+"""Results as a reader of the book meets them in its tables and sentences: percent, points, intervals in brackets.
+
+Not here: how the numbers come about (`athena.statistics`), and figures (`athena.figures`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from athena import statistics
+
+__all__ = ["by_share", "comparison", "endpoints", "percent", "points", "say", "shown"]
+
+NOT_RUN = "not yet run"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A share from 0 to 1 as ``"93.7 %"``."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
+    """The difference in a row of `statistics.compare` in points with its interval, ``"+0.12 [-0.30, +0.54]"``."""
+    difference, low, high = (f"{100 * row[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    return difference if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
+
+
+def say(text: str) -> None:
+    """Prints a sentence that a cell has put together, as Markdown."""
+    from IPython.display import Markdown, display  # of the extra `book`
+
+    display(Markdown(text))
+
+
+def shown(table: pd.DataFrame, first: str) -> pd.DataFrame:
+    """`table` with the column `first` as the head of its rows."""
+    return table.set_index(first).rename_axis(index=None, columns=first)
+
+
+def by_share(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """`table`, of ``statistics.compare(frame)``, with the column `fraction` that it lacks where all runs share one."""
+    if "fraction" in table:
+        return table
+    return table.assign(fraction=frame["fraction"].iloc[0])[["fraction", *table]]
+
+
+def comparison(
+    table: pd.DataFrame, published: pd.DataFrame | None = None, fractions: Sequence[float] = ()
+) -> pd.DataFrame:
+    """One guided arm against plain training, one row for each share of the data, the largest first.
+
+    Args:
+        table: rows of `statistics.compare` for that arm, with the column `fraction`.
+        published: rows of the thesis's accuracy table to put beside, one for each percent.
+        fractions: shares that belong into the table whether or not they have been measured.
+    """
+    wanted = sorted({*table["fraction"], *fractions}, reverse=True)
+    table = table.set_index("fraction").reindex(wanted).reset_index()
+    columns = {
+        "data (%)": (100 * table["fraction"]).map("{:g}".format),
+        "pairs": table["n"].fillna(0).astype(int),
+        "plain": (100 * table["baseline_mean"]).map("{:.2f}".format),
+        "guided": (100 * table["mean"]).map("{:.2f}".format),
+        "difference": [points(row) if row["n"] > 0 else NOT_RUN for _, row in table.iterrows()],
+        "p": table["p"].map("{:.3f}".format),
+    }
+    if published is not None:
+        theirs = statistics.beside(table, published)
+        columns |= {
+            "thesis plain": (100 * theirs["thesis_plain"]).map("{:.2f}".format),
+            "thesis LRP": (100 * theirs["thesis_lrp"]).map("{:.2f}".format),
+            "thesis diff.": (100 * theirs["thesis_difference"]).map("{:+.2f}".format),
+        }
+    return shown(pd.DataFrame(columns).replace({"nan": "", "+nan": ""}), "data (%)")
+
+
+def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataFrame:
+    """The one number of each arm with its verdict.
+
+    Args:
+        table: of ``statistics.compare(..., over="fraction")``.
+        names: what to call each of its rows.
+        first: the head of the column of names.
+    """
+    columns = {
+        first: list(names),
+        "pairs": table["n"],
+        "mean difference (points)": [points(row) if row["n"] else NOT_RUN for _, row in table.iterrows()],
+        "p": table["p"].map("{:.3f}".format),
+        "p (Holm)": table["p_holm"].map("{:.3f}".format),
+        "verdict": [statistics.verdict(row) for _, row in table.iterrows()],
+    }
+    return shown(pd.DataFrame(columns).replace("nan", ""), first)
