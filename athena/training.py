@@ -270,7 +270,8 @@ class _Loop:
         """Share of `x` classified as `y`."""
         self.model.eval()
         hits = 0
-        for images, labels in zip(x.split(1000), y.split(1000), strict=True):
+        size = 1000 if self.device.type == "cuda" else 100  # activations that stay in the cache: a quarter faster
+        for images, labels in zip(x.split(size), y.split(size), strict=True):
             with self._precision():
                 logits = self.model(images.contiguous(memory_format=torch.channels_last))
             hits += int((logits.argmax(1) == labels).sum())
