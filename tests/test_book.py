@@ -14,15 +14,20 @@ from athena.training import Result, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+OPEN = {"cifar-linear", "cifar-whole"}
+"""Studies under way: their chapter shows what is missing as not yet run."""
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_run_of_a_study_is_stored_once_and_whole(path: Path) -> None:
+def test_every_run_of_a_study_is_stored_once_and_complete(path: Path) -> None:
     study = experiments.Study.read(path)
     lines = study.store.lines()
     keys = [line["key"] for line in lines]
-    assert sorted(keys) == sorted(run.key for run in study.runs)
+    assert len(set(keys)) == len(keys)
+    missing = {run.key for run in study.runs} ^ set(keys)
+    assert missing <= {run.key for run in study.runs}
+    assert bool(missing) == (study.name in OPEN)
     expected = {field.name for field in fields(Result)} - {"model"} | {"key"}
     for line in lines:
         run = Run(**line["run"])
