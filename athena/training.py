@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from athena import data, guidance, layers, models, relevance, rules
 
-__all__ = ["MODELS", "Result", "Run", "train"]
+__all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 
 MODELS = {"mlp": models.mlp, "cnn": models.cnn}
 HELD_OUT = 0.1
@@ -175,37 +175,92 @@ def train(run: Run, device: torch.device | str | None = None) -> Result:
         athena.data.DataError: the data set is not here, or damaged.
         ValueError: ``run.scope`` names a layer that the model does not have.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    forked = [device] if device.type == "cuda" else []
-    with ONE_AT_A_TIME, _threads(run.threads), torch.random.fork_rng(forked), torch.enable_grad():
-        held_out = HELD_OUT if run.monitor == "validation" else 0.0
-        images = data.load(run.dataset, run.fraction, run.seed, held_out, device)
-        torch.manual_seed(run.seed)
-        model = MODELS[run.model](images.channels, images.classes).to(device)
-        model = model.to(memory_format=torch.channels_last)
-        loop = _Loop(run, model, images, device)
-        _reset_peak(device)
+    with _alone(run):
+        loop = _Loop(run, device)
+        _reset_peak(loop.device)
         loop.run_epochs()
     return Result(
         run=run,
         accuracy=loop.accuracy,
         seconds=loop.seconds,
-        peak_bytes=_peak(device),
+        peak_bytes=_peak(loop.device),
         stopped_at=loop.stopped_at,
         diverged=loop.diverged,
-        device=_name(device),
+        device=_name(loop.device),
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         code=CODE,
-        fingerprint=images.fingerprint,
-        model=model.eval(),
+        fingerprint=loop.images.fingerprint,
+        model=loop.model.eval(),
     )
 
 
-class _Loop:
-    """The state of one run, and its epochs."""
+@dataclass(frozen=True)
+class Glimpse:
+    """A run under way.
 
-    def __init__(self, run: Run, model: nn.Module, images: data.Data, device: torch.device) -> None:
-        self.run, self.model, self.images, self.device = run, model, images, device
+    Attributes:
+        epochs: passes over the training data so far.
+        accuracy: of the test images that `watch` looks at, 0 to 1.
+        model: the network as it is now, in eval mode. The next glimpse trains it further.
+        diverged: as in `Result`.
+    """
+
+    epochs: float
+    accuracy: float
+    model: nn.Module = field(repr=False, compare=False)
+    diverged: dict[str, Any] | None = None
+
+
+def watch(run: Run, every: int = 10, images: int = 1000, device: torch.device | str | None = None) -> Iterator[Glimpse]:
+    """Trains as `train` does, to the same weights, and shows the run before the first step and as it goes on.
+
+    Between two glimpses nothing of the process is held, so several runs can be watched in turn. Closing the iterator
+    ends the run.
+
+    Args:
+        run: what to run, without early stopping.
+        every: batches between two glimpses; there is one at the end of each epoch as well.
+        images: how many test images, drawn once for all runs, each glimpse is scored on.
+        device: where; by default a GPU if there is one.
+
+    Raises:
+        ValueError: `every` or `images` is below 1, or the run has a monitor.
+        athena.data.DataError: the data set is not here, or damaged.
+    """
+    if every < 1 or images < 1:
+        raise ValueError(f"watch(every={every}, images={images}): both must be at least 1")
+    if run.monitor is not None:
+        raise ValueError(f"a run with monitor={run.monitor!r} cannot be watched; leave it to train()")
+    with _alone(run):
+        loop = _Loop(run, device)
+        drawn = torch.randperm(len(loop.images.test_labels), generator=torch.Generator().manual_seed(0))[:images]
+        sample = loop.images.test_images[drawn], loop.images.test_labels[drawn]
+        untrained = loop.score(*sample)
+    with loop.guidance:
+        yield Glimpse(0.0, untrained, loop.model)
+        for epoch, batches in enumerate(loop.shuffled()):
+            for first in range(0, len(batches), every):
+                with _alone(run):
+                    loop.train_on(batches[first : first + every])
+                    accuracy = loop.score(*sample)
+                done = min(first + every, len(batches)) / len(batches)
+                yield Glimpse(epoch + done, accuracy, loop.model, loop.diverged)
+                if loop.diverged is not None:
+                    return
+
+
+class _Loop:
+    """The state of one run, and its epochs. Made and used within `_alone`."""
+
+    def __init__(self, run: Run, device: torch.device | str | None) -> None:
+        self.run = run
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        held_out = HELD_OUT if run.monitor == "validation" else 0.0
+        self.images = data.load(run.dataset, run.fraction, run.seed, held_out, self.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(run.seed)
+            model = MODELS[run.model](self.images.channels, self.images.classes).to(self.device)
+        self.model = model = model.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, fused=True)
         self.guidance = guidance.Guidance(
             model,
@@ -228,13 +283,17 @@ class _Loop:
         error = self.guidance.diverged
         return None if error is None else {"step": error.step, "layer": error.layer}
 
-    def run_epochs(self) -> None:
+    def shuffled(self) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of each epoch, as indices."""
         order = torch.Generator().manual_seed(self.run.seed)
         for _ in range(self.run.epochs):
-            batches = torch.randperm(len(self.images.train_labels), generator=order).split(self.run.batch_size)
+            yield torch.randperm(len(self.images.train_labels), generator=order).split(self.run.batch_size)
+
+    def run_epochs(self) -> None:
+        for batches in self.shuffled():
             while batches and self.diverged is None and self.stopped_at is None:
                 window = len(batches) if self.stopping is None else self.stopping.window
-                self._train_on(batches[:window])
+                self.train_on(batches[:window])
                 batches = batches[window:]
                 if self.stopping is not None and self.stopping.look():
                     self.stopped_at = self.steps
@@ -246,7 +305,7 @@ class _Loop:
                 break
         self.guidance.remove()
 
-    def _train_on(self, batches: tuple[Tensor, ...]) -> None:
+    def train_on(self, batches: tuple[Tensor, ...]) -> None:
         self.model.train()
         begin = _now(self.device)
         for index in batches:
@@ -313,13 +372,15 @@ class _EarlyStopping:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _alone(run: Run) -> Iterator[None]:
+    """While no other run is at work: the run's number of threads, and gradients on, as they were before afterwards."""
+    with ONE_AT_A_TIME, torch.enable_grad():
+        before = torch.get_num_threads()
+        torch.set_num_threads(run.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _now(device: torch.device) -> float:

@@ -527,3 +527,52 @@ def test_early_stopping_on_validation_keeps_the_weights_that_are_best_there(look
         hits = result.model(validation.validation_images).argmax(1) == validation.validation_labels
     assert int(hits.sum()) / 400 == max(looks) > looks[-1]
     assert result.stopped_at is not None
+
+
+# A run under way -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_a_watched_run_ends_with_the_weights_of_an_unwatched_one(every: int) -> None:
+    first, second = torch.get_rng_state(), torch.get_num_threads()
+    glimpses = [(glimpse.epochs, glimpse.model) for glimpse in training.watch(GUIDED, every)]
+    assert [epochs for epochs, _ in glimpses] == ([0, 0.5, 1, 1.5, 2] if every == 1 else [0, 1, 2])
+    expected = train(GUIDED).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in glimpses[-1][1].state_dict().items())
+    assert torch.equal(torch.get_rng_state(), first)
+    assert torch.get_num_threads() == second
+
+
+def test_two_runs_can_be_watched_in_turn_and_one_left_at_any_time() -> None:
+    plain, guided = training.watch(TINY, 1), training.watch(GUIDED, 1)
+    pairs = [(a.accuracy, b.accuracy) for a, b in zip(plain, guided, strict=True)]
+    assert pairs[0][0] == pairs[0][1]  # the same network before the first step
+    assert pairs[-1] == (train(TINY).accuracy[-1], train(GUIDED).accuracy[-1])  # mnist5k has a thousand test images
+    left = training.watch(GUIDED, 1)
+    network = next(left).model
+    assert guided_layers(network)
+    left.close()
+    assert not guided_layers(network)
+
+
+def guided_layers(model: nn.Module) -> int:
+    return len(model._forward_pre_hooks) + sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_a_watched_run_that_diverges_says_so_and_ends() -> None:
+    *_, last = training.watch(replace(GUIDED, factor=1e30, target="logits", epochs=5), 1)
+    assert last.diverged is not None
+    assert last.epochs < 5
+
+
+@pytest.mark.parametrize(
+    "run, settings, said",
+    [
+        (TINY, {"every": 0}, r"every=0, images=1000"),
+        (TINY, {"images": 0}, r"every=10, images=0"),
+        (replace(TINY, monitor="validation"), {}, r"monitor='validation' cannot be watched"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(run: Run, settings: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        next(training.watch(run, **settings))
