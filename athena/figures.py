@@ -20,6 +20,7 @@ from athena import statistics
 
 __all__ = [
     "accuracy",
+    "answer",
     "arrays",
     "canvas",
     "conservation",
@@ -27,6 +28,7 @@ __all__ = [
     "flipping",
     "heat_maps",
     "paired",
+    "progress",
     "ratios",
     "relevance_limit",
     "starts",
@@ -366,6 +368,85 @@ def arrays(panels: Mapping[str, Any], relevance: Sequence[str] = (), digits: int
             axis.grid(visible=False)
             sns.despine(ax=axis, left=True, bottom=True)
     return figure
+
+
+def answer(image: Any, relevance: Any, probabilities: Any, asked: int) -> Figure:
+    """An image, the heat map of one class, and what the network makes of the image.
+
+    Args:
+        image: (channels, height, width), from 0 to 1.
+        relevance: of the same shape, for the class `asked`.
+        probabilities: (classes,), the network's softmax output.
+        asked: the class that the map explains, marked among the bars.
+    """
+    shares = 100 * _array(probabilities)
+    with style():
+        figure, axes = canvas(1, 3, (8.4, 2.9), width_ratios=[1, 1.12, 1.25])
+        _picture(axes[0], image, "the image")
+        drawn = _picture(axes[1], relevance, f"for class {asked}", relevance_limit(_array(relevance)[None]))
+        figure.colorbar(drawn, ax=axes[1], label="relevance", fraction=0.05)
+        colours = [GUIDED if index == asked else "#bdbdbd" for index in range(len(shares))]
+        axes[2].barh(range(len(shares)), shares, color=colours)
+        axes[2].set(xlim=(0, 100), xlabel="probability (%)", ylabel="class", yticks=range(len(shares)))
+        axes[2].set_title(f"the network says {int(shares.argmax())}")
+        axes[2].invert_yaxis()
+    return figure
+
+
+def progress(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], epochs: float, image: Any, maps: Mapping[str, Any]
+) -> Figure:
+    """Two arms as they train, and how both explain one image.
+
+    Args:
+        curves: for ``"plain"`` and ``"guided"`` and each of their runs, pairs of epochs done and accuracy from 0 to 1.
+        epochs: how long the runs are to be.
+        image: (channels, height, width), from 0 to 1.
+        maps: for up to three networks by name, relevance of the shape of `image`, on a common scale.
+    """
+    with style():
+        figure, axes = canvas(2, 4, (8.4, 3.4), width_ratios=[1.6, 1.6, 1.2, 1.2])
+        grid = axes[0, 0].get_gridspec()
+        for axis in axes[:, :2].flat:
+            axis.remove()
+        axis = figure.add_subplot(grid[:, :2])
+        later = []  # once both arms have learned something, the axis looks at what tells them apart
+        for arm, colour, marker in (("plain", PLAIN, "o"), ("guided", GUIDED, "s")):
+            for i, run in enumerate(curves.get(arm, ())):
+                done, accuracy = zip(*run, strict=True)
+                percent = [100 * value for value in accuracy]
+                later += [value for at, value in zip(done, percent, strict=True) if at > 0.15 * epochs]
+                label = arm if i == 0 else None
+                axis.plot(
+                    done, percent, marker=marker, markersize=2.5, linewidth=1.2, color=colour, label=label, alpha=0.8
+                )
+        axis.set(
+            xlim=(0, epochs), ylim=(max(0, min(later, default=0) - 5), 101), xlabel="epochs", ylabel="test accuracy (%)"
+        )
+        if axis.lines:
+            axis.legend(loc="lower right")
+        most = relevance_limit(*(_array(relevance)[None] for relevance in maps.values())) if maps else 1.0
+        places = axes[:, 2:].flat
+        _picture(next(places), image, "the image")
+        for title, relevance in maps.items():
+            _picture(next(places), relevance, title, most)
+        for axis in places:
+            axis.set_axis_off()
+    return figure
+
+
+def _picture(axis: Axes, values: Any, title: str, most: float | None = None) -> Any:
+    """An image (channels, height, width), or, with the relevance `most` in the fullest colour, its heat map."""
+    pixels = _array(values)
+    if most is None:
+        drawn = axis.imshow(pixels.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=1)
+    else:
+        drawn = axis.imshow(pixels.sum(0), cmap=RELEVANCE, vmin=-most, vmax=most)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9)
+    axis.grid(visible=False)
+    sns.despine(ax=axis, left=True, bottom=True)
+    return drawn
 
 
 def _array(values: Any) -> Any:

@@ -1,0 +1,212 @@
+"""Claims about what a reader moves: sliders that need no kernel, and explorers that train and explain in one."""
+
+import time
+from typing import Any
+
+import ipywidgets
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from athena import data, widgets
+from athena.widgets import FactorExplorer, RelevanceExplorer, frames
+
+SMALL: dict[str, Any] = {"fraction": 0.01, "epochs": 1}  # 40 images of mnist5k, one batch
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return data.load("mnist5k").test_images[:5]
+
+
+def control(panel: ipywidgets.Widget, description: str) -> Any:
+    """The control of that name, wherever it is in the panel."""
+    found = [each for each in parts(panel) if getattr(each, "description", None) == description]
+    assert len(found) == 1
+    return found[0]
+
+
+def parts(widget: ipywidgets.Widget) -> list[ipywidgets.Widget]:
+    return [widget, *(part for child in getattr(widget, "children", ()) for part in parts(child))]
+
+
+def message(panel: ipywidgets.Widget) -> str:
+    return next(part.value for part in parts(panel) if isinstance(part, ipywidgets.HTML))
+
+
+def shown(panel: ipywidgets.Widget) -> bytes:
+    return next(part.value for part in parts(panel) if isinstance(part, ipywidgets.Image))
+
+
+def wait(panel: ipywidgets.Widget) -> None:
+    """Until training has ended."""
+    train = control(panel, "Train")
+    for _ in range(600):
+        if not train.disabled:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still training after a minute: {message(panel)}")
+
+
+def built(explorer: widgets.Explorer, monkeypatch: pytest.MonkeyPatch) -> tuple[Figure, Any]:
+    """The figure that a built page shows, and the slider and the pictures below it."""
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
+        monkeypatch.delenv(name, raising=False)
+    displayed: list[Any] = []
+    monkeypatch.setattr(widgets, "display", displayed.append)
+    explorer._ipython_display_()
+    figure, slider = displayed
+    return figure, slider.children
+
+
+# A slider over pictures drawn beforehand -----------------------------------------------------------------------------
+
+
+def test_a_slider_begins_where_it_is_told_and_holds_every_picture() -> None:
+    slider, stack = frames({"a": Figure(), "b": Figure(), "c": Figure()}, "letter", "b").children
+    assert slider.options == ("a", "b", "c")
+    assert slider.index == stack.selected_index == 1
+    assert len(stack.children) == 3
+
+
+@pytest.mark.parametrize("value, pictures", [(None, {}), ("d", {"a": Figure()})])
+def test_a_slider_without_a_picture_to_begin_with_is_refused(value: str | None, pictures: dict[str, Figure]) -> None:
+    with pytest.raises(ValueError, match="cannot begin at"):
+        frames(pictures, "letter", value)
+
+
+# Training side by side -----------------------------------------------------------------------------------------------
+
+
+def test_both_arms_begin_alike_and_part_as_they_train() -> None:
+    *_, pair = FactorExplorer(**SMALL, factor=10, seeds=2).train()
+    for plain, guided in zip(pair.curves["plain"], pair.curves["guided"], strict=True):
+        assert plain[0] == guided[0]
+        assert plain[0][0] == 0
+        assert plain[-1][0] == guided[-1][0] == 1
+    plain, guided = (pair.networks[arm].state_dict()["linear1.weight"] for arm in ("plain", "guided"))
+    assert not torch.equal(plain, guided)
+
+
+def test_a_built_page_moves_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure, (slider, stack) = built(FactorExplorer(**SMALL, factor=20, factors=(0.5, 20)), monkeypatch)
+    assert isinstance(figure, Figure)
+    assert slider.options == ("0.5", "20")
+    assert slider.index == 1
+    first, second = (image.value for image in stack.children)
+    assert first != second
+
+
+def test_a_choice_that_does_not_exist_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"no choice called colour, but factor, scope"):
+        FactorExplorer(**SMALL).picture(colour=1)
+
+
+def test_live_it_trains_with_what_the_controls_say() -> None:
+    explorer = FactorExplorer(**SMALL)
+    panel = explorer.live()
+    control(panel, "LRP factor").value = 10.0
+    control(panel, "pairs of runs").value = 2
+    control(panel, "Train").click()
+    assert control(panel, "Train").disabled
+    wait(panel)
+    assert message(panel).startswith("Done. Run 2, epoch 1.00 of 1: plain ")
+    before = shown(panel)
+    control(panel, "test image").value = 7
+    assert shown(panel) != before
+
+
+def test_live_it_stops_when_told_and_trains_again() -> None:
+    explorer = FactorExplorer(fraction=1.0, epochs=10)
+    panel = explorer.live()
+    control(panel, "Train").click()
+    while not shown(panel):
+        time.sleep(0.05)
+    control(panel, "Stop").click()
+    wait(panel)
+    assert message(panel).startswith("Stopped. Run 1, epoch ")
+    assert explorer._pair is not None
+    assert explorer._pair.curves["plain"][0][-1][0] < 10
+    control(panel, "training data").value = 0.01
+    control(panel, "epochs").value = 1
+    control(panel, "Train").click()
+    wait(panel)
+    assert message(panel).startswith("Done.")
+
+
+def test_live_an_error_is_shown_in_the_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    explorer = FactorExplorer(**SMALL)
+    panel = explorer.live()
+    monkeypatch.setattr(data, "load", lambda *_, **__: (_ for _ in ()).throw(data.MissingData("<not> here\nget it")))
+    control(panel, "Train").click()
+    wait(panel)
+    assert 'role="alert"' in message(panel)
+    assert "MissingData: &lt;not&gt; here<br>get it" in message(panel)
+
+
+def test_a_run_that_diverges_is_named_and_still_drawn() -> None:
+    *_, pair = FactorExplorer(fraction=0.05, epochs=3, factor=1e30).train()
+    assert "Seed 0, guided: gradients not finite at step" in pair.said()
+    assert pair.figure().axes
+
+
+# Explaining ----------------------------------------------------------------------------------------------------------
+
+
+def test_class_rule_and_image_change_the_picture(trained: nn.Module, images: Tensor) -> None:
+    explorer = RelevanceExplorer(trained, images)
+    panel = explorer.live()
+    pictures = [shown(panel)]
+    answer = int(trained(images[3:4]).argmax())
+    for description, value in (("image", 3), ("class", (answer + 1) % 10), ("rule", "ZPlus()")):
+        control(panel, description).value = value
+        pictures.append(shown(panel))
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_a_drawing_takes_the_place_of_the_image_until_another_is_chosen(trained: nn.Module, images: Tensor) -> None:
+    explorer = RelevanceExplorer(trained, images)
+    panel = explorer.live()
+    (pad,) = (part for part in parts(panel) if isinstance(part, widgets._Pad))
+    chosen = shown(panel)
+    pad.strokes = [float(i % 28 < 3) for i in range(784)]
+    assert shown(panel) != chosen
+    drawn = explorer._drawn()
+    assert drawn.shape == images[0].shape
+    columns = drawn[0].sum(0).nonzero().flatten()
+    assert columns.tolist() in ([14, 15, 16], [15, 16, 17])  # moved into the middle
+    control(panel, "image").value = 1
+    assert pad.strokes == explorer.strokes == []
+
+
+def test_an_explanation_that_fails_is_shown_in_the_panel(images: Tensor) -> None:
+    class Outer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cumsum(x.flatten(1)[:, :10], 1)
+
+    panel = RelevanceExplorer(Outer(), images).live()
+    assert "UnsupportedLayer" in message(panel)
+
+
+def test_a_built_page_moves_the_class(trained: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (slider, stack) = built(RelevanceExplorer(trained, images), monkeypatch)
+    assert slider.options == tuple("0123456789")
+    assert len({image.value for image in stack.children}) == 10
+
+
+def test_it_is_live_where_a_notebook_server_runs_it(
+    trained: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JPY_SESSION_NAME", "chapter.ipynb")
+    displayed: list[ipywidgets.Widget] = []
+    monkeypatch.setattr(widgets, "display", displayed.append)
+    RelevanceExplorer(trained, images)._ipython_display_()
+    (panel,) = displayed
+    assert control(panel, "class").label == "the network's answer"
