@@ -339,7 +339,8 @@ def cost(run: Run) -> float:
     """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left."""
     images, tested = IMAGES[run.dataset]
     trained = images * run.fraction * run.epochs * (GUIDED_COST if run.factor else 1.0)
-    looks = run.epochs / run.window if run.monitor else 0  # each about as dear as a test
+    batches = images * run.fraction / run.batch_size
+    looks = run.epochs * batches / max(1, run.window * batches) if run.monitor else 0  # each about as dear as a test
     return (trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000
 
 

@@ -76,7 +76,8 @@ class Run:
         monitor: what early stopping looks at: None for no early stopping; ``"validation"``, a tenth of the training
             set, held out, the same for every run (fractions are then of the rest); ``"test"``, the test set itself.
         window: batches between two looks (k in thesis 7.2.3), as a share of the batches in an epoch.
-        patience: looks without improvement until the run stops (l in thesis 7.2.3), as a share of the same.
+        patience: batches without improvement until the run stops (l in thesis 7.2.3), as a share of the same. Both
+            grow with the data, as in the thesis, which names no number.
         restore_best: whether the weights of the best look are put back at the end.
         threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
     """
@@ -96,8 +97,8 @@ class Run:
     learning_rate: float = 1e-3
     precision: str = "float32"
     monitor: str | None = None
-    window: float = 0.02
-    patience: float = 0.01
+    window: float = 0.25
+    patience: float = 0.5
     restore_best: bool = True
     threads: int = 1
 
@@ -341,7 +342,7 @@ class _Loop:
 
 
 class _EarlyStopping:
-    """Batch-wise early stopping (thesis 7.2.3): a look after every k batches, the end after l looks without gain."""
+    """Batch-wise early stopping (thesis 7.2.3): a look after every k batches, the end after l without gain."""
 
     def __init__(self, loop: _Loop) -> None:
         run, images = loop.run, loop.images
@@ -354,18 +355,16 @@ class _EarlyStopping:
             if run.monitor == "test"
             else (images.validation_images, images.validation_labels)
         )
-        self.best, self.worse = -1.0, 0
+        self.best, self.best_at = -1.0, 0
         self.weights: dict[str, Tensor] = {}
 
     def look(self) -> bool:
         """Whether it is time to stop."""
         score = self.loop.score(*self.monitored)
         if score > self.best:
-            self.best, self.worse = score, 0
+            self.best, self.best_at = score, self.loop.steps
             self.weights = {name: value.clone() for name, value in self.loop.model.state_dict().items()}
-        else:
-            self.worse += 1
-        return self.worse >= self.patience
+        return self.loop.steps - self.best_at >= self.patience
 
     def restore(self) -> None:
         self.loop.model.load_state_dict(self.weights)

@@ -14,7 +14,7 @@ from athena.training import Result, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
-OPEN = {"cifar-linear", "cifar-whole"}
+OPEN = {"cifar-linear", "cifar-whole", "cifar-linear-early-stopping", "cifar-whole-early-stopping"}
 """Studies under way: their chapter shows what is missing as not yet run."""
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 
@@ -41,7 +41,8 @@ def test_every_run_of_a_study_is_stored_once_and_complete(path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_was_measured_on_one_data_set(path: Path) -> None:
-    assert experiments.results(path.stem)["fingerprint"].nunique() == 1
+    fingerprints = {line["fingerprint"] for line in experiments.Study.read(path).store.lines()}
+    assert len(fingerprints) == 1 or (path.stem in OPEN and not fingerprints)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
