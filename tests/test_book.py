@@ -1,6 +1,7 @@
 """Claims about what is committed: complete results, clean notebooks, and a chapter that trains what it is asked for."""
 
 import json
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -93,3 +94,51 @@ def test_the_chapter_trains_what_is_missing_on_the_stand_in_where_mnist_cannot_b
     text = out.read_text()
     assert "not the chapter's own numbers" in text
     assert "mnist5k" in text
+
+
+# Numbers in prose ----------------------------------------------------------------------------------------------------
+
+PROSE = [*CHAPTERS, ROOT / "book" / "index.md", ROOT / "README.md"]
+NUMBER = r"\d+(?:\.\d+)*"
+REFERENCE = re.compile(
+    rf"(?:section|figure|table|chapter|Python)s?\s+{NUMBER}(?:(?:,|\s+and|\s+to)\s+{NUMBER})*|\d+\.\d+\.\d+",
+    re.IGNORECASE,
+)
+MEASURED = re.compile(r"\d+\.\d+|\d+(?= (?:%|points?\b|seconds?\b|times\b))")
+CONVENTIONS = {0.05, 95.0, 0.125}
+"""The level of the tests, that of the intervals, and the least p of four pairs."""
+
+
+def prose(path: Path) -> str:
+    """What a page says in words: no code, no formulae, no references to sections, figures and tables."""
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    else:
+        text = path.read_text("utf8")
+    for other in (r"```.*?```", r"`[^`]*`", r"\$\$.*?\$\$", r"\$[^$]*\$"):
+        text = re.sub(other, " ", text, flags=re.DOTALL)
+    return REFERENCE.sub(" ", text)
+
+
+def known_numbers() -> set[float]:
+    """What prose may state: the thesis's numbers, as it says them or rounded to one digit, and what studies set."""
+    theirs = [experiments.published(name) for name in ("accuracy", "claims", "training_time")]
+    published = {abs(value) for table in theirs for value in table.select_dtypes("number").to_numpy().ravel()}
+    runs = [run for path in STUDIES for run in experiments.Study.read(path).runs]
+    chosen = {value for run in runs for value in (run.factor, run.learning_rate, 100 * run.fraction)}
+    every = published | {round(value, 1) for value in published} | chosen | CONVENTIONS
+    return {round(value, 6) for value in every}
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
+def test_prose_states_no_result_that_code_has_not_written(path: Path) -> None:
+    typed = {float(number) for number in MEASURED.findall(prose(path))}
+    assert typed <= known_numbers()
+
+
+def test_a_typed_result_would_be_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Section 7.1 gains 0.37 points, in 83 % of the runs and `0.5` in code.")
+    assert {float(number) for number in MEASURED.findall(prose(page))} == {0.37, 83.0}
+    assert not {0.37, 83.0} & known_numbers()
