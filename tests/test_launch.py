@@ -131,6 +131,7 @@ def test_every_button_follows_from_the_address_alone(tmp_path: Path) -> None:
     assert 'onclick="initThebeSBT()"' in chapter
     thebe = re.search(r'<script type="text/x-thebe-config">(.*?)</script>', chapter, re.DOTALL)
     assert thebe
+    assert chapter.count("const THEBE_JS_URL") == 1  # twice is an error in the browser
     for setting in ('repo: "somebody/some.book"', 'ref: "main"', 'path: "book/.'):
         assert setting in thebe[1]
     for html, name in ((page, "index.md"), (chapter, "chapter.ipynb")):

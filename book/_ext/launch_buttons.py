@@ -5,6 +5,7 @@ With an address: the buttons for the repository, its issues and the page's sourc
 """
 
 import re
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
@@ -25,7 +26,13 @@ def draw_buttons(app: Sphinx, config: Config) -> None:
     for button in ("repository", "issues", "edit_page"):
         options[f"use_{button}_button"] = True
     app.setup_extension("sphinx_thebe")
+    app.connect("html-page-context", drop_doubled_scripts, priority=900)
     config.thebe_config = {"path_to_docs": options["path_to_docs"]}  # the folder that live code runs in
+
+
+def drop_doubled_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], document: object) -> None:
+    """Sphinx 7 lists a script that has no file twice, as None and as "", and Thebe's must not be read twice."""
+    context["script_files"][:] = [script for script in context["script_files"] if script.filename is not None]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
