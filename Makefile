@@ -1,6 +1,7 @@
-# The project's three commands. Each sets up what it needs, in .venv and node_modules.
+# The project's commands. Each sets up what it needs, in .venv and node_modules.
 #
 #   make book           run every chapter and build the book; QUICK=1 runs them with the parameters of book/quick.yml
+#   make pdf            the book that make book made, as one PDF; needs a Chromium
 #   make test           the fast tests; ARGS="..." goes to pytest
 #   make lint           ruff and mypy
 
@@ -10,16 +11,20 @@ INSTALLED := .venv/.installed
 VENDOR := book/_assets/vendor
 WIDGETS := @jupyter-widgets/html-manager/dist
 
-.PHONY: help book test lint assets clean
+.PHONY: help book pdf test lint assets clean
 
 help:
 	@echo "make book    run every chapter, build the book (QUICK=1: small parameters)"
+	@echo "make pdf     the built book as one PDF (needs Chromium)"
 	@echo "make test    fast tests (ARGS=... for pytest)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove what was built; .venv and data stay"
 
 book: $(INSTALLED) assets
 	$(BIN)/python book/build.py $(if $(QUICK),--quick)
+
+pdf: $(INSTALLED)
+	$(BIN)/python book/pdf.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

@@ -1,7 +1,10 @@
 """Claims about the built book in a browser with the network off. Build it first: `make book` or `make book QUICK=1`."""
 
+import html
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +19,7 @@ HTML = ROOT / "book" / "_build" / "html"
 CONTENTS = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
 DESKTOP, PHONE = 1280, 390
+LARGEST_PDF = 15_000_000
 LARGEST_PAGE = 3_000_000  # bytes, without the assets that all pages share
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -135,3 +139,17 @@ def test_a_page_is_no_burden_on_a_phone(browser: Browser, name: str) -> None:
     path = HTML / f"{name}.html"
     pictures = re.findall(r'src="(_images/[^"]+)"', path.read_text("utf8"))
     assert path.stat().st_size + sum((HTML / name).stat().st_size for name in set(pictures)) < LARGEST_PAGE
+
+
+def test_the_book_prints_as_one_pdf_with_every_chapter(browser: Browser) -> None:
+    subprocess.run([sys.executable, ROOT / "book" / "pdf.py"], check=True)
+    pdf = (ROOT / "book" / "_build" / "athena.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and len(pdf) < LARGEST_PDF
+    assert len(re.findall(rb"/Type /Page\b", pdf)) > len(PAGES)
+    plain = {title.decode("latin-1") for title in re.findall(rb"/Title \((.*)\)", pdf)}
+    other = {bytes.fromhex(title.decode()).decode("utf-16") for title in re.findall(rb"/Title <(\w+)>", pdf)}
+    headings = {"".join(title.split()) for title in plain | other}  # where a title breaks its line, its space is lost
+    for name in PAGES:
+        page = (HTML / f"{name}.html").read_text("utf8")
+        title = html.unescape(re.sub(r"<a.*|<[^>]*>", "", re.findall(r"<h1>(.*?)</h1>", page, re.DOTALL)[-1]))
+        assert "".join(title.split()) in headings, name
