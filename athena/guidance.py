@@ -172,11 +172,13 @@ class Guidance:
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
-        ds = propagate([(output, relevance)], [edge for _, edge, _ in guided], interception, keep_graph=True)
-        reached = [(record, factor, d) for (record, _, factor), d in zip(guided, ds, strict=True) if d is not None]
-        watch = _Watch(self, {record.path for record, _, _ in reached})
-        for record, factor, d in reached:
-            record.scale = functools.partial(watch.scale, self._shaped(record.z * d), factor, record.path)
+        ds = list(propagate([(output, relevance)], [edge for _, edge, _ in guided], interception, keep_graph=True))
+        watch = _Watch(self, {record.path for (record, _, _), d in zip(guided, ds, strict=True) if d is not None})
+        for place, (record, _, factor) in enumerate(guided):
+            d, ds[place] = ds[place], None  # one at a time, so that d and z go as their product comes
+            if d is not None:
+                record.scale = functools.partial(watch.scale, self._shaped(record.z * d), factor, record.path)
+            record.forget()
         for record in interception.records:
             record.forget()
 

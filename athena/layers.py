@@ -313,11 +313,10 @@ class Interception(TorchFunctionMode):
         operands = (*args, *kwargs.values())
         layer = LAYERS.get(function)
         rectified: list[Kept] = []
-        if self.explains:
-            if function in RECTIFIERS and not self.rules.absolute:
-                rectified = [kept for kept in self._kept_of(operands) if not kept.read]
-            for kept in self._kept_of(operands):
-                kept.read = True
+        if function in RECTIFIERS and not self.rules.absolute:
+            rectified = [kept for kept in self._kept_of(operands) if not kept.read]
+        for kept in self._kept_of(operands):
+            kept.read = True
         if self._kept and _writes_in_place(function, args, kwargs):
             self.keep_what_is_written_over(operands, rectified)
         self.note(operands)

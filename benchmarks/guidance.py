@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import memory
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -221,31 +222,59 @@ def literal(scope: str, rule: Rule) -> Callable[[nn.Sequential], nn.Module]:
     return lambda network: Literal(network, scope, factor=0.1, epsilon=rule.stabiliser)
 
 
-def measure(network: nn.Sequential, channels: int, cases: list[tuple[str, Rule]], steps: int, device: str) -> list[Arm]:
-    network = network.to(device)
+NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], int, list[tuple[str, Rule]]]] = {
+    "MLP": (mlp, 1, [("all", Zero()), ("all", Epsilon(1e-6))]),
+    "CNN": (cnn, 3, [("linear", Epsilon(1e-6)), ("all", Zero()), ("all", Epsilon(1e-6))]),
+}
+"""The networks, their input's channels, and the guidance that is measured on them."""
+
+
+def arms_of(title: str, device: str) -> list[Arm]:
+    torch.manual_seed(0)
+    build, _, cases = NETWORKS[title]
+    network = build().to(device)
     arms = [Arm("plain PyTorch", network, lambda plain: plain)]
     for scope, rule in cases:
         arms.append(Arm(f"ATHENA, {scope}, {rule}", network, guided(scope, rule)))
         arms.append(Arm(f"thesis's manner, {scope}, {rule}", network, literal(scope, rule)))
+    return arms
+
+
+def batch(title: str, device: str) -> tuple[Tensor, Tensor]:
+    channels = NETWORKS[title][1]
+    return torch.randn(BATCH, channels, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+
+
+def peak_of(title: str, place: int, threads: int) -> int:
+    """The bytes that one step adds to the resident size of this process, a fresh one."""
+    torch.set_num_threads(threads)
+    arm, (x, labels) = arms_of(title, "cpu")[place], batch(title, "cpu")
+    arm.step(x[:1], labels[:1])  # Adam's moments are there from now on
+    return memory.added_by(lambda: arm.step(x, labels))
+
+
+def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
+    arms = arms_of(title, device)
     order = random.Random(0)
     for _ in range(WARM_UP + steps):
-        x = torch.randn(BATCH, channels, 32, 32, device=device)
-        labels = torch.randint(10, (BATCH,), device=device)
+        x, labels = batch(title, device)
         for arm in order.sample(arms, len(arms)):
             arm.step(x, labels)
-    for arm in arms:
+    for place, arm in enumerate(arms):
         del arm.seconds[:WARM_UP]
+        if device == "cpu" and memory.told():
+            arm.bytes = memory.in_fresh_process(peak_of, title, place, threads)
     return arms
 
 
 def table(title: str, arms: list[Arm]) -> str:
-    plain = arms[0].seconds
-    memory = any(arm.bytes for arm in arms)
-    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}" + (f"{'MiB in step':>13}" if memory else "")]
+    plain = arms[0]
+    columns = f"{'MiB in step':>13}{'of plain':>10}" if plain.bytes else ""
+    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}" + columns]
     for arm in arms:
-        ratio = statistics.median(own / other for own, other in zip(arm.seconds, plain, strict=True))
+        ratio = statistics.median(own / other for own, other in zip(arm.seconds, plain.seconds, strict=True))
         line = f"{arm.name:<44}{1000 * statistics.median(arm.seconds):>11.2f}{ratio:>10.2f}"
-        lines.append(line + (f"{arm.bytes / 2**20:>13.1f}" if memory else ""))
+        lines.append(line + (f"{arm.bytes / 2**20:>13.1f}{arm.bytes / plain.bytes:>10.2f}" if plain.bytes else ""))
     return "\n".join(lines)
 
 
@@ -256,17 +285,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     print(
         f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, "
         f"{options.steps} steps; median time, and median over rounds of the ratio to plain in the same round"
     )
-    settings: list[tuple[str, nn.Sequential, int, list[tuple[str, Rule]]]] = [
-        ("MLP", mlp(), 1, [("all", Zero()), ("all", Epsilon(1e-6))]),
-        ("CNN", cnn(), 3, [("linear", Epsilon(1e-6)), ("all", Zero()), ("all", Epsilon(1e-6))]),
-    ]
-    for title, network, channels, cases in settings:
-        arms = measure(network, channels, cases, options.steps, options.device)
+    for title in NETWORKS:
+        arms = measure(title, options.steps, options.threads, options.device)
         print("", table(title, arms), sep="\n", flush=True)
 
 

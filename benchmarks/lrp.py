@@ -27,18 +27,15 @@ before, for what PyTorch itself sets up. torch.profiler's account of allocations
 
 import argparse
 import copy
-import ctypes
 import gc
-import multiprocessing
-import os
 import random
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import memory
 import torch
 import torchvision
 import zennit.rules
@@ -204,11 +201,6 @@ def timed(arm: Arm, device: str) -> tuple[float, int]:
     return seconds, torch.cuda.max_memory_allocated() - standing if on_gpu else 0
 
 
-def resident(line: str) -> int:
-    """The bytes that a line of /proc/self/status tells: VmRSS, the resident size; VmHWM, the highest since a reset."""
-    return int(Path("/proc/self/status").read_text().partition(f"{line}:")[2].split()[0]) * 1024
-
-
 def peak_of(network: str, place: int, threads: int) -> int:
     """The bytes that one explanation adds to the resident size of this process, a fresh one."""
     torch.set_num_threads(threads)
@@ -220,23 +212,7 @@ def peak_of(network: str, place: int, threads: int) -> int:
         arm.explain(arm.images[:1])
     gc.collect()
     with arm.ready():
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the highest size is now this one
-        standing = resident("VmRSS")
-        arm.explain(arm.images)
-        return resident("VmHWM") - standing
-
-
-def peaks(network: str, places: int, threads: int) -> list[int]:
-    """`peak_of` each arm; zeros where the system does not tell."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return [0] * places
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # for the processes to come
-    bytes_of = []
-    for place in range(places):
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            bytes_of.append(fresh.apply(peak_of, (network, place, threads)))
-    return bytes_of
+        return memory.added_by(lambda: arm.explain(arm.images))
 
 
 def measure(network: str, steps: int, threads: int, device: str) -> str:
@@ -253,8 +229,8 @@ def measure(network: str, steps: int, threads: int, device: str) -> str:
                 seconds[place].append(taken)
     names = [arm.name for arm in arms]
     del arms
-    if device == "cpu":
-        peak = peaks(network, len(names), threads)
+    if device == "cpu" and memory.told():
+        peak = [memory.in_fresh_process(peak_of, network, place, threads) for place in range(len(names))]
     title, _, shape = NETWORKS[network]
     return table(f"{title}, {' x '.join(map(str, shape))}", names, seconds, peak)
 

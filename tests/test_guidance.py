@@ -745,16 +745,18 @@ def test_divergence_is_seen_although_another_layer_goes_unused() -> None:
 
 
 # The benchmark's rival
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "guidance.py"
-    specification = importlib.util.spec_from_file_location("benchmark_guidance", path)
+    specification = importlib.util.spec_from_file_location("benchmark_guidance", BENCHMARKS / "guidance.py")
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules["benchmark_guidance"] = module
-    specification.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        specification.loader.exec_module(module)
     return module
 
 
