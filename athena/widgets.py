@@ -77,8 +77,8 @@ def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None)
 class Explorer(ABC):
     """Choices, and a picture that follows them.
 
-    As the last line of a cell it shows itself: live where the reader runs the notebook, else as a figure, and below it
-    `frames` of the one choice that matters most.
+    As the last line of a cell it shows itself: live where the reader runs the notebook, else as `frames` of the one
+    choice that matters most, which want `figure` above them.
 
     Attributes:
         values: what is chosen, by name. The controls of `live` change it.
@@ -88,6 +88,9 @@ class Explorer(ABC):
     values: dict[str, Any]
     moved: tuple[str, str, Sequence[Any]]
 
+    def __init__(self) -> None:
+        self._drawn_stops: dict[str, Figure] = {}
+
     @abstractmethod
     def picture(self, **choices: Any) -> Figure:
         """What is shown for the choices given by name; each of the others is as in `values`."""
@@ -96,10 +99,21 @@ class Explorer(ABC):
     def live(self) -> ipywidgets.Widget:
         """The controls and the picture, with this kernel behind them."""
 
-    def stops(self) -> dict[str, Figure]:
-        """The picture for each stop of `moved`."""
+    def figure(self) -> Figure | None:
+        """What a built page shows above the slider, for readers without JavaScript; None where this is live."""
+        return None if _served() else self._stops()[self._first()]
+
+    def _first(self) -> str:
+        """Where the slider of a built page begins."""
         name, _, stops = self.moved
-        return {_written(stop): self.picture(**{name: stop}) for stop in stops}
+        return _written(self.values[name] if self.values[name] in stops else stops[0])
+
+    def _stops(self) -> dict[str, Figure]:
+        """The picture for each stop of `moved`, drawn once."""
+        name, _, stops = self.moved
+        if not self._drawn_stops:
+            self._drawn_stops.update({_written(stop): self.picture(**{name: stop}) for stop in stops})
+        return self._drawn_stops
 
     def choices(self, **given: Any) -> dict[str, Any]:
         """`values`, except for what is `given`.
@@ -137,14 +151,7 @@ class Explorer(ABC):
         self._image.value = _png(figure, reduced=False)  # nothing is kept, and reducing takes longer than drawing
 
     def _ipython_display_(self) -> None:
-        if _served():
-            display(self.live())
-            return
-        name, label, _ = self.moved
-        pictures, now = self.stops(), _written(self.values[name])
-        first = now if now in pictures else next(iter(pictures))
-        display(pictures[first])
-        display(frames(pictures, label, first))
+        display(self.live() if _served() else frames(self._stops(), self.moved[1], self._first()))
 
 
 @dataclass
@@ -208,6 +215,7 @@ class FactorExplorer(Explorer):
         image: int = 0,
         factors: Sequence[float] = (0.1, 0.5, 1, 2, 5, 10),
     ) -> None:
+        super().__init__()
         self.values = {
             "factor": float(factor),
             "scope": scope,
@@ -362,6 +370,7 @@ class RelevanceExplorer(Explorer):
     """
 
     def __init__(self, model: nn.Module, images: Tensor, rule: str = RULES[0]) -> None:
+        super().__init__()
         self.model, self.images, self.strokes = model, images, list[float]()
         self.values = {"image": 0, "target": None, "rule": rule}
         self.moved = ("target", "class", range(self._logits(images[0]).numel()))

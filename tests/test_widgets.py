@@ -61,8 +61,10 @@ def built(explorer: widgets.Explorer, monkeypatch: pytest.MonkeyPatch) -> tuple[
         monkeypatch.delenv(name, raising=False)
     displayed: list[Any] = []
     monkeypatch.setattr(widgets, "display", displayed.append)
+    figure = explorer.figure()
+    assert figure is not None
     explorer._ipython_display_()
-    figure, slider = displayed
+    (slider,) = displayed
     return figure, slider.children
 
 
@@ -97,7 +99,7 @@ def test_both_arms_begin_alike_and_part_as_they_train() -> None:
 
 def test_a_built_page_moves_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     figure, (slider, stack) = built(FactorExplorer(**SMALL, factor=20, factors=(0.5, 20)), monkeypatch)
-    assert isinstance(figure, Figure)
+    assert figure.axes
     assert slider.options == ("0.5", "20")
     assert slider.index == 1
     first, second = (image.value for image in stack.children)
@@ -207,6 +209,8 @@ def test_it_is_live_where_a_notebook_server_runs_it(
     monkeypatch.setenv("JPY_SESSION_NAME", "chapter.ipynb")
     displayed: list[ipywidgets.Widget] = []
     monkeypatch.setattr(widgets, "display", displayed.append)
-    RelevanceExplorer(trained, images)._ipython_display_()
+    explorer = RelevanceExplorer(trained, images)
+    assert explorer.figure() is None
+    explorer._ipython_display_()
     (panel,) = displayed
     assert control(panel, "class").label == "the network's answer"
