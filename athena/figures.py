@@ -472,7 +472,7 @@ def _upto(frame: pd.DataFrame, percent: float) -> pd.Series:
 def _mean_line(axis: Axes, runs: pd.DataFrame, label: str, colour: str, marker: str) -> None:
     shares = runs.groupby(100 * runs["fraction"])
     rows = [(share, *statistics.summary(100 * part["accuracy"])) for share, part in shares]
-    table = pd.DataFrame(rows, columns=["percent", "mean", "low", "high"])
+    table = pd.DataFrame(rows, columns=["percent", "mean", "low", "high"], dtype=float)
     axis.plot(table["percent"], table["mean"], marker=marker, markersize=4, color=colour, label=label)
     axis.fill_between(
         table["percent"], table["low"], table["high"].clip(upper=100), color=colour, alpha=0.15, linewidth=0
