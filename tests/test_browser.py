@@ -85,11 +85,10 @@ def moved(widget: Locator) -> tuple[bool, bool]:
     """
     handle = widget.locator(".noUi-handle")
     now, *ends = (float(handle.get_attribute(f"aria-value{name}") or 0) for name in ("now", "min", "max"))
-    there, back, steps = ("ArrowLeft", "ArrowRight", now - ends[0])
-    if now < ends[1]:
-        there, back, steps = back, there, ends[1] - now
+    below, above = now - ends[0], ends[1] - now
+    there, back = ("ArrowLeft", "ArrowRight") if below > above else ("ArrowRight", "ArrowLeft")
     first, other, taken = picture(widget), False, 0
-    while not other and taken < steps:
+    while not other and taken < max(below, above):
         handle.press(there)
         taken, other = taken + 1, picture(widget) != first
     for _ in range(taken):
