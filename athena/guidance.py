@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.layers import AffineLRP, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
+from athena.layers import Affine, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
 from athena.relevance import RuleFor, Target, as_choice, propagate, start
 from athena.rules import Epsilon
 
@@ -51,6 +51,9 @@ class Guidance:
 
     It acts on forward passes in training mode with gradients enabled. A pass in eval mode or under ``no_grad``, and
     one whose factors are all 0, is exactly the model's own.
+
+    Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
+    is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
 
     Args:
         model: the network, which maps a batch to (batch, classes). Its parameters and its code stay as they are.
@@ -141,7 +144,7 @@ class Guidance:
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         factors = self.factor.values() if isinstance(self.factor, Mapping) else [self.factor]
         if model.training and torch.is_grad_enabled() and any(factors) and self._pass is None:
-            self._pass = Interception(self._paths, self.rule, lambda path, layer: self._factor_at(path, layer) != 0)
+            self._pass = Interception(self._paths, self.rule, self._factor_at)
             self._pass.__enter__()
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
@@ -159,28 +162,24 @@ class Guidance:
         layers = [
             (record, edge)
             for record, edge in zip(interception.records, interception.edges, strict=True)
-            if issubclass(record.layer, AffineLRP)
+            if isinstance(record, Affine)
         ]
         makers = _makers_of(output, {edge.node for _, edge in layers})
-        guided = [
-            (record, edge, factor)
-            for record, edge in layers
-            if (factor := self._factor_at(record.path.partition("#")[0], record.layer)) and edge.node not in makers
-        ]
+        guided = [(record, edge) for record, edge in layers if record.factor and edge.node not in makers]
         if not guided:
             raise UnsupportedLayer(
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
-        ds = list(propagate([(output, relevance)], [edge for _, edge, _ in guided], interception, keep_graph=True))
-        watch = _Watch(self, {record.path for (record, _, _), d in zip(guided, ds, strict=True) if d is not None})
-        for place, (record, _, factor) in enumerate(guided):
+        ds = list(propagate([(output, relevance)], [edge for _, edge in guided], interception, keep_graph=True))
+        watch = _Watch(self, {record.path for (record, _), d in zip(guided, ds, strict=True) if d is not None})
+        for place, (record, _) in enumerate(guided):
             d, ds[place] = ds[place], None  # one at a time, so that d and z go as their product comes
             if d is not None:
-                record.scale = functools.partial(watch.scale, self._shaped(record.z * d), factor, record.path)
+                record.scale = functools.partial(watch.scale, self._shaped(record.z * d), record.factor, record.path)
             record.forget()
-        for record in interception.records:
-            record.forget()
+        for remembered in interception.records:
+            remembered.forget()
 
     def _target(self) -> Target:
         if not (isinstance(self.target, str) and self.target == "label"):

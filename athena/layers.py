@@ -10,9 +10,11 @@ gradient. Most operations pass ``d`` on just as they pass the gradient. What a l
     layer norm and its kin      the gradient, had the standard deviation been a constant
     softmax, attention          the gradient, products as above (AttnLRP, Achtibat et al. 2024)
 
-Both ways down live in one autograd node, `Fork`. `Interception` sees every operation of a forward pass, whether a
-module or a function makes it, and looks its LRP layer up in `LAYERS`. Parameters, modules and the user's code stay
-as they are. Not here: what relevance to start from (`athena.relevance`), what to do with it (`athena.guidance`).
+Both ways down live in one node of the graph: that of an affine layer itself, with a hook of its record on it, or, where
+relevance goes another way than gradients do, a node `Fork` above it. `Interception` sees every operation of a forward
+pass, whether a module or a function makes it, and looks its LRP layer up in `LAYERS`. Parameters, modules and the
+user's code stay as they are. Not here: what relevance to start from (`athena.relevance`), what to do with it
+(`athena.guidance`).
 """
 
 import inspect
@@ -148,6 +150,9 @@ class Record:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
 
+    def attach(self, node: Any) -> None:
+        """Has the graph node that made `z` send things down as this record says, where no `Fork` stands above it."""
+
     def absorbed(self, d: Tensor) -> tuple[float, float]:
         """The relevance that the bias and the stabiliser keep, summed in float64, when ``d`` comes down to `z`."""
         return 0.0 if self.bias is None else (self.bias.double() * d.double()).sum().item(), 0.0
@@ -270,9 +275,9 @@ class Interception(TorchFunctionMode):
     Args:
         paths: of the model.
         rules: which rule each affine layer gets.
-        guided: from the path and the LRP layer to whether its gradient is going to be scaled. Layers that run before
-            the first of these get no relevance and are left alone. None where relevance itself is wanted, and no
-            weight gradients.
+        guided: from the path and the LRP layer to the factor that its gradient is going to be scaled with. Layers that
+            run before the first with one that is not 0 get no relevance and are left alone. None where relevance itself
+            is wanted, and no weight gradients.
         sources: the tensors to explain, leaves of the graph.
 
     Attributes:
@@ -285,7 +290,7 @@ class Interception(TorchFunctionMode):
         self,
         paths: Paths,
         rules: RuleChoice,
-        guided: Callable[[str, type], bool] | None = None,
+        guided: Callable[[str, type], float] | None = None,
         sources: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
@@ -295,6 +300,7 @@ class Interception(TorchFunctionMode):
         self.edges: list[GradientEdge] = []
         self.affine: dict[Any, tuple[int, Tensor]] = {}
         """For the graph node of an affine layer's output its place in `records`, and the layer's input."""
+        self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
         self._kept: dict[int, list[Kept]] = {}  # by the address of their memory
         # What a ReLU was the first to read is remembered as the ReLU's output: below 0 nothing comes down, and above it
@@ -310,25 +316,31 @@ class Interception(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        operands = (*args, *kwargs.values())
         layer = LAYERS.get(function)
+        if self.guided is not None and not self.records:  # before all that is guided, where no relevance comes
+            out = layer.run(self, function, args, kwargs) if layer in AFFINE else function(*args, **kwargs)
+            self._known.update(tensor.grad_fn for tensor in _tensors(out))
+            return out
+        operands = _tensors(args, kwargs)
         rectified: list[Kept] = []
-        if function in RECTIFIERS and not self.rules.absolute:
-            rectified = [kept for kept in self._kept_of(operands) if not kept.read]
-        for kept in self._kept_of(operands):
-            kept.read = True
-        if self._kept and _writes_in_place(function, args, kwargs):
-            self.keep_what_is_written_over(operands, rectified)
+        if self._kept:
+            seen = self._kept_of(operands)
+            if seen and function in RECTIFIERS and not self.rules.absolute:
+                rectified = [kept for kept in seen if not kept.read]
+            for kept in seen:
+                kept.read = True
+            if _writes_in_place(function, args, kwargs):
+                self.keep_what_is_written_over(operands, rectified)
         self.note(operands)
         if layer is not None:
             out = layer.run(self, function, args, kwargs)
             for kept in rectified:
                 self._replaced[id(operands[0])] = weakref.ref(operands[0]), kept
                 kept.take(out)
-            self.note(out, refused=None)
+            self.note(_tensors(out), refused=None)
         else:
             out = function(*args, **kwargs)
-            self.note(out, refused=repr(getattr(function, "__name__", function)))
+            self.note(_tensors(out), refused=repr(getattr(function, "__name__", function)))
         return out
 
     @property
@@ -383,8 +395,9 @@ class Interception(TorchFunctionMode):
 
     def add(self, record: Record, z: Tensor) -> None:
         """Takes `z`, the output of an operation, into the account."""
-        uses = sum(known.path.partition("#")[0] == record.path for known in self.records)
-        record.path += f"#{uses + 1}" if uses else ""
+        uses = self._uses[record.path] = self._uses.get(record.path, 0) + 1
+        if uses > 1:
+            record.path += f"#{uses}"
         record.kept = self.keep(z, record.path)
         self.records.append(record)
         self.edges.append(get_gradient_edge(z))
@@ -405,36 +418,33 @@ class Interception(TorchFunctionMode):
             for tensor in kept:
                 tensor.check()
 
-    def keep_what_is_written_over(self, value: Any, rectified: Sequence[Kept] = ()) -> None:
-        """Copies what is remembered of the tensors in `value`, but for `rectified`, before they are written to."""
-        for tensor in _tensors(value):
+    def keep_what_is_written_over(self, tensors: Sequence[Tensor], rectified: Sequence[Kept] = ()) -> None:
+        """Copies what is remembered of `tensors`, but for `rectified`, before they are written to."""
+        for tensor in tensors:
             for kept in self._kept.pop(_address(tensor), ()):
                 if kept not in rectified:
                     kept.copy()
                 self._kept.setdefault(_address(kept.value), []).append(kept)
 
-    def _kept_of(self, value: Any) -> list[Kept]:
-        return [kept for tensor in _tensors(value) for kept in self._kept.get(_address(tensor), ())]
+    def _kept_of(self, tensors: Sequence[Tensor]) -> list[Kept]:
+        return [kept for tensor in tensors for kept in self._kept.get(_address(tensor), ())]
 
-    def note(self, value: Any, refused: str | None = UNSEEN) -> None:
-        """Lets relevance pass where `value` was made, or has it refused there.
+    def note(self, tensors: Sequence[Tensor], refused: str | None = UNSEEN) -> None:
+        """Lets relevance pass where `tensors` were made, or has it refused there.
 
         Tensors whose making was not seen come to light here too, as what a later operation is called with or the model
         returns. They come from custom autograd functions, scripts and the like, and are refused.
         """
-        if isinstance(value, Tensor):
-            if id(value) in self._replaced:
-                tensor, kept = self._replaced.pop(id(value))
-                if tensor() is value:
-                    kept.take(value)
-            node: Any = value.grad_fn
+        for tensor in tensors:
+            if id(tensor) in self._replaced:
+                original, kept = self._replaced.pop(id(tensor))
+                if original() is tensor:
+                    kept.take(tensor)
+            node: Any = tensor.grad_fn
             if node not in self._known:
                 self._known.add(node)
                 if refused is not None:
                     node.register_prehook(self._refusal(refused.format(node.name())))
-        elif isinstance(value, tuple | list):
-            for item in value:
-                self.note(item, refused)
 
     def _refusal(self, what: str) -> Callable[[Any], None]:
         phase, where = self.phase, self.running or type(self.paths.model).__name__
@@ -517,7 +527,7 @@ class ConcatenationLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, and takes the account of its constants where relevance is explained."""
-        parts = _tensors((*args, *kwargs.values()))
+        parts = _tensors(args, kwargs)
         constant = function in PADDING and not (kwargs.get("value") or (len(args) > 3 and args[3]))
         constant = not constant and (function in FILLING or any(not interception.carries(part) for part in parts))
         if not (constant and interception.explains):
@@ -620,7 +630,7 @@ class ProductLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
-        factors = [factor for factor in _tensors((*args, *kwargs.values())) if interception.carries(factor)]
+        factors = [factor for factor in _tensors(args, kwargs) if interception.carries(factor)]
         if len(factors) < 2 or not interception.listens():
             return function(*args, **kwargs)
         share, measured = 1 / len(factors), None
@@ -983,7 +993,8 @@ class BatchNormLRP(NormalisationLRP):
         below = interception.records[place] if place >= 0 else None
         if isinstance(below, Affine) and below.can_be_scaled:
             merged = below.scaled(scale, shift)
-            z = Fork.apply(z, a if merged.a else None, merged)
+            if merged.a is not None:
+                z = Fork.apply(z, a, merged)
             interception.replace(place, merged, z)
             return z
         path = None if weight is None else interception.paths.of_layer(weight)
@@ -1023,6 +1034,7 @@ class Affine(Record):
         rule: the layer's rule.
         call, weight, bias: what the layer is; `bias` in a shape that adds to ``z``.
         a: its input, where the rule asks for sums of its own.
+        factor: the LRP factor in training; 0 where the layer is not guided.
     """
 
     def __init__(
@@ -1035,9 +1047,10 @@ class Affine(Record):
         weight: Tensor,
         bias: Tensor | None,
         a: Kept | None,
+        factor: float = 0.0,
     ) -> None:
         super().__init__(path, layer, phase)
-        self.rule, self.call, self.weight, self.bias, self.a = rule, call, weight, bias, a
+        self.rule, self.call, self.weight, self.bias, self.a, self.factor = rule, call, weight, bias, a, factor
         phase.absolute = phase.absolute or rule.absolute
 
     @property
@@ -1076,12 +1089,26 @@ class Affine(Record):
             return shares.own, relevance / nonzero(a)
         return shares.own, parts[0] if len(parts) == 1 else torch.where(a > 0, parts[0], parts[1])
 
+    def attach(self, node: Any) -> None:
+        """See `Record.attach`."""
+        if self.a is None and (self.factor or self.rule.stabiliser):
+            node.register_prehook(self._before_backward)
+
+    def _before_backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        """What its node is to send down instead of `gradients`; None to leave them as they are."""
+        (gradient,) = gradients
+        if gradient is None:
+            return None
+        if self.phase.relevance:
+            return (self.share(gradient),)
+        return None if self.scale is None else (self.scale(gradient),)
+
     def share(self, d: Tensor) -> Tensor:
         """``s = d z / (z + epsilon sign z)``."""
         if self.rule.stabiliser == 0:
             return d
         size = nonzero(self.z).abs_() if self.phase.absolute else self.z.abs()
-        return (d * size).div_(size.add_(self.rule.stabiliser))
+        return torch.addcdiv(d, d, size.add_(self.rule.stabiliser), value=-self.rule.stabiliser)
 
     def absorbed(self, d: Tensor) -> tuple[float, float]:
         """See `Record.absorbed`."""
@@ -1158,11 +1185,11 @@ class AffineLRP:
         (a, weight, bias), rest, named = _operands(args, kwargs)
         path = interception.paths.of_layer(weight)
         path = interception.running if path is None else path
-        guided = interception.guided is not None and interception.guided(path, cls)
+        factor = 0.0 if interception.guided is None else interception.guided(path, cls)
         if interception.explains:  # without weight gradients there is nothing to keep for them
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         z: Tensor = function(a, weight, bias, *rest, **named)
-        if not (z.requires_grad and interception.listens(guided)):
+        if not (z.requires_grad and interception.listens(factor != 0)):
             return z
 
         rule = interception.rule(path, cls, a)
@@ -1170,9 +1197,9 @@ class AffineLRP:
             bias = bias.detach().view(-1, *[1] * (weight.dim() - 2))
         kept = interception.keep(a, path) if rule.asks_for_sums else None
         call = Call(function, rest, named)
-        record = Affine(path, cls, interception.phase, rule, call, weight.detach(), bias, kept)
-        if guided or kept is not None or rule.stabiliser:
-            z = Fork.apply(z, a if kept is not None and a.requires_grad else None, record)
+        record = Affine(path, cls, interception.phase, rule, call, weight.detach(), bias, kept, factor)
+        if kept is not None:
+            z = Fork.apply(z, a if a.requires_grad else None, record)
         interception.add(record, z)
         if interception.explains:
             interception.affine[z.grad_fn] = len(interception.records) - 1, a
@@ -1190,6 +1217,8 @@ class ConvolutionalLRP(AffineLRP):
 
     functions = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
+
+AFFINE = (LinearLRP, ConvolutionalLRP)
 
 LAYERS: dict[Any, Any] = {
     function: layer
@@ -1231,14 +1260,14 @@ def _out_of_place(
         return fork(function(*prepare(args), **prepare(kwargs)))
     target = args[0] if args else kwargs["input"]
     position = _position_of_inplace(function)
-    if position is None:
+    if position == -1:
         function = getattr(torch, function.__name__.strip("_").removeprefix("i"))  # mul_ and __imul__ alike
     else:
         args, kwargs = args[:position], {name: value for name, value in kwargs.items() if name != "inplace"}
     original = target.clone()  # which the backward pass of `function` may need
     args, kwargs = (mapped(given, lambda t: original if t is target else t) for given in (args, kwargs))
     z = fork(function(*prepare(args), **prepare(kwargs)))
-    interception.keep_what_is_written_over(target)
+    interception.keep_what_is_written_over([target])
     return target.copy_(z)
 
 
@@ -1280,20 +1309,24 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [tensor for item in value if isinstance(item, Tensor | tuple | list) for tensor in _tensors(item)]
-    return []
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors in `values`, however deep."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 def _writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    name = getattr(function, "__name__", "")
-    if name in ("__setitem__", *INPLACE_OPERATORS) or (name.endswith("_") and not name.startswith("_")):
-        return True
     position = _position_of_inplace(function)
-    return bool(position is not None and (kwargs.get("inplace") or args[position : position + 1] == (True,)))
+    if position is None or position < 0:
+        return position is not None
+    return bool(kwargs.get("inplace") or args[position : position + 1] == (True,))
 
 
 INPLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__")
@@ -1301,6 +1334,10 @@ INPLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv
 
 @cache
 def _position_of_inplace(function: Any) -> int | None:
+    """Where the argument ``inplace`` stands; -1 for a function that always writes in place, None for one that never."""
+    name = getattr(function, "__name__", "")
+    if name in ("__setitem__", *INPLACE_OPERATORS) or (name.endswith("_") and not name.startswith("_")):
+        return -1
     try:
         names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):

@@ -211,6 +211,8 @@ def propagate(
     interception.check()
     # an output of 0 can bear none
     ds = [(relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0) for output, relevance in starts]
+    for record, edge in zip(interception.records, interception.edges, strict=True):
+        record.attach(edge.node)
     interception.phase.relevance = True
     try:
         return torch.autograd.grad(outputs, edges, ds, retain_graph=keep_graph, allow_unused=True)

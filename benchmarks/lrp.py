@@ -3,7 +3,7 @@
     python benchmarks/lrp.py --steps 10 --threads 1 --device cpu
 
 All arms of a network take turns in one process, in an order drawn anew for each round, so that whatever else the
-machine does, and the memory that the arm before has left behind, hits them alike. An explanation is that of the
+machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). An explanation is that of the
 predicted class of each of a batch of random images, down to the input, by a float32 network in eval mode with random
 weights. The arms:
 
@@ -258,6 +258,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--network", choices=NETWORKS, action="append", help="one of the networks; all by default")
     options = parser.parse_args()
+    memory.keep_freed()
     torch.set_num_threads(options.threads)
     print(
         f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), {options.steps} rounds; "

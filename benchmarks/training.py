@@ -3,9 +3,10 @@
     python benchmarks/training.py --rounds 12 --batches 5 --threads 1 --device cpu
 
 The loop by hand has the same settings: images in one tensor on the device, channels_last, fused Adam. The usual one is
-that of most tutorials: a data set of PIL images, `ToTensor`, a `DataLoader`, NCHW, Adam as it comes. All arms train the
-same network on the same images, some batches in turn, in an order drawn anew for each round; a ratio compares an arm
-with ATHENA's of the same round.
+that of most tutorials: a data set of PIL images, `ToTensor`, a `DataLoader`, float32, NCHW, Adam as it comes. Where the
+processor multiplies in bfloat16, ATHENA's loop is timed in that too. All arms train the same network on the same
+images, some batches in turn, in an order drawn anew for each round; a ratio compares an arm with ATHENA's in float32 of
+the same round.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import memory
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -55,9 +57,9 @@ def steps(network: nn.Sequential, optimizer: torch.optim.Optimizer, batches: Ite
         optimizer.step()
 
 
-def athena_loop(name: str, count: int, device: str) -> Callable[[], None]:
+def athena_loop(name: str, count: int, device: str, precision: str = "float32") -> Callable[[], None]:
     dataset, _ = NETWORKS[name]
-    loop = training._Loop(training.Run(model=name, dataset=dataset, epochs=10**6), device)
+    loop = training._Loop(training.Run(model=name, dataset=dataset, epochs=10**6, precision=precision), device)
     epochs, rest = loop.shuffled(), list[Tensor]()
 
     def train() -> None:
@@ -104,6 +106,8 @@ def measure(name: str, rounds: int, count: int, device: str) -> str:
         "by hand, the same settings": by_hand(name, count, device),
         "usual: DataLoader, NCHW": usual(name, count, device),
     }
+    if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        arms["ATHENA, bfloat16"] = athena_loop(name, count, device, "bfloat16")
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(0)
     for _ in range(WARM_UP + rounds):
@@ -129,6 +133,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options: Any = parser.parse_args()
+    memory.keep_freed()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, plain training")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import athena
-from athena import models
+from athena import layers, models
 from athena.rules import Epsilon, Gamma, Zero
 
 Gradients = dict[str, Tensor]
@@ -480,6 +480,31 @@ def test_bfloat16_autocast_gives_finite_gradients_near_those_of_float32(network:
         assert p.grad.dtype == torch.float32
         assert p.grad.isfinite().all()
         assert F.cosine_similarity(p.grad.flatten(), exact[name].flatten(), dim=0) > 0.98, name
+
+
+@every_network
+def test_bfloat16_autocast_rounds_a_scaling_below_its_precision_away(network: str) -> None:
+    model = NETWORKS[network]().float()
+    x, labels = batch(model, 16)
+    found: list[Gradients] = []
+    for factor in (0.0, 1e-4):
+        model.zero_grad()
+        with athena.Guidance(model, factor=factor, scope="all"), torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(x.float()), labels)
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    plain, guided = found
+    assert all(torch.equal(guided[name], plain[name]) for name in plain)
+
+
+def test_what_lies_below_the_guided_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook on a node of the graph keeps the gradient that comes by: half as much memory again in the thesis's CNN."""
+    hooked: list[str] = []
+    monkeypatch.setattr(layers.Interception, "_refusal", lambda self, what: hooked.append(what) or (lambda _: None))
+    model = narrow_cnn()
+    x, labels = batch(model)
+    gradients(model, x, labels, factor=0.5, scope="linear")
+    assert not hooked
 
 
 @pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-6), Gamma()], ids=str)
