@@ -153,12 +153,13 @@ def paired(frame: pd.DataFrame, arms: Sequence[tuple[str, Mapping[str, Any]]]) -
         frame: runs as `athena.results` gives them, at one share of the data.
         arms: what to call each guided arm, and the columns that pick it.
     """
-    plain = frame[frame["factor"] == 0].set_index("seed")["accuracy"]
+    same = ["precision", "seed"]
+    plain = frame[frame["factor"] == 0].set_index(same)["accuracy"]
     with style():
         figure, axis = canvas(1, 1, (8.4, 0.55 * len(arms) + 1.0))
         for row, (_, chosen) in enumerate(arms):
             picked = frame[np.logical_and.reduce([frame[name] == value for name, value in chosen.items()])]
-            gain = 100 * (picked.set_index("seed")["accuracy"] - plain).dropna()
+            gain = 100 * (picked.set_index(same)["accuracy"] - plain).dropna()
             centre, low, high = statistics.summary(gain)
             axis.plot(gain, np.full(len(gain), row) - 0.16, "o", color=GUIDED, alpha=0.45, markersize=5)
             axis.errorbar(centre, row + 0.16, xerr=[[centre - low], [high - centre]], fmt="s", color="black", capsize=3)

@@ -273,6 +273,8 @@ class _Loop:
             granularity=run.granularity,
             on_divergence="record",
         )
+        if not run.factor:
+            self.guidance.remove()  # plain training pays for no hook
         self.accuracy: list[float] = []
         self.seconds = 0.0
         self.steps = 0

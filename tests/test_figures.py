@@ -20,6 +20,7 @@ def frame() -> pd.DataFrame:
         {
             "fraction": fraction,
             "factor": factor,
+            "precision": "float32",
             "seed": seed,
             "accuracy": 0.9 + 0.05 * fraction + 0.001 * factor + 0.002 * rng.standard_normal(),
             "seconds": (1 + bool(factor)) * fraction,
@@ -39,6 +40,16 @@ def test_the_curves_are_the_means_in_percent(frame: pd.DataFrame) -> None:
     for label, factor in (("plain, factor 0 (n = 3)", 0.0), ("guided, factor 10 (n = 3)", 10.0)):
         means = 100 * frame[frame["factor"] == factor].groupby("fraction")["accuracy"].mean()
         np.testing.assert_allclose(drawn[label], means)
+
+
+def test_pairs_are_of_one_precision(frame: pd.DataFrame) -> None:
+    one_share = frame[frame["fraction"] == 0.05]
+    others = one_share[one_share["factor"] == 0].assign(precision="bfloat16", accuracy=0.1)
+    arms = [("factor 1", {"factor": 1.0})]
+    dots = [
+        figures.paired(runs, arms).axes[0].lines[0].get_xdata() for runs in (one_share, pd.concat([one_share, others]))
+    ]
+    np.testing.assert_array_equal(*dots)
 
 
 def test_the_second_plot_ends_at_30_percent(frame: pd.DataFrame) -> None:
