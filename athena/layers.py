@@ -1108,7 +1108,7 @@ class Affine(Record):
         if self.rule.stabiliser == 0:
             return d
         size = nonzero(self.z).abs_() if self.phase.absolute else self.z.abs()
-        return torch.addcdiv(d, d, size.add_(self.rule.stabiliser), value=-self.rule.stabiliser)
+        return (d * size).div_(size.add_(self.rule.stabiliser))
 
     def absorbed(self, d: Tensor) -> tuple[float, float]:
         """See `Record.absorbed`."""
