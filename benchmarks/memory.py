@@ -17,9 +17,10 @@ KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**2
 def keep_freed() -> None:
     """Starts this program again, once, in a process that keeps the memory it frees.
 
-    glibc gives freed memory back to the system above a threshold that what ran before decides, and the next tensor
-    there costs a page fault for every 4 KiB: on some machines a tenth of a step, charged to whichever arm comes next.
-    Elsewhere than on glibc nothing changes.
+    glibc gives freed memory back to the system above a threshold, and the next tensor there costs a page fault for
+    every 4 KiB. What is timed here is the computation without these. An arm that holds more memory has more of them:
+    in a process as it comes, `athena.lrp`, which keeps the map of every layer, is further from the plain gradient than
+    the table says. Elsewhere than on glibc nothing changes.
     """
     if not KEPT.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
