@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from athena.layers import Affine, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
-from athena.relevance import RuleFor, Target, as_choice, propagate, start
+from athena.relevance import RuleFor, Target, as_choice, propagate, start_down
 from athena.rules import Epsilon
 
 __all__ = ["DivergedError", "Guidance"]
@@ -136,14 +136,17 @@ class Guidance:
 
     def _factor_at(self, path: str, layer: type) -> float:
         """The factor of a layer; 0 where it is not guided."""
-        if isinstance(self.factor, Mapping):
+        # asking what is no float whether it is a mapping takes long
+        if not isinstance(self.factor, float) and isinstance(self.factor, Mapping):
             return float(self.factor.get(path, 0.0))
         inside = layer in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope
         return float(self.factor) if inside else 0.0
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        factors = self.factor.values() if isinstance(self.factor, Mapping) else [self.factor]
-        if model.training and torch.is_grad_enabled() and any(factors) and self._pass is None:
+        if not (model.training and torch.is_grad_enabled() and self._pass is None):
+            return
+        factor = self.factor
+        if factor if isinstance(factor, float) or not isinstance(factor, Mapping) else any(factor.values()):
             self._pass = Interception(self._paths, self.rule, self._factor_at)
             self._pass.__enter__()
 
@@ -158,7 +161,7 @@ class Guidance:
 
     def _guide(self, interception: Interception, output: Tensor) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
-        relevance = start(output, self._target())
+        starts = [(output, start_down(output, self._target()))]
         layers = [
             (record, edge)
             for record, edge in zip(interception.records, interception.edges, strict=True)
@@ -171,7 +174,7 @@ class Guidance:
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
-        ds = list(propagate([(output, relevance)], [edge for _, edge in guided], interception, keep_graph=True))
+        ds = list(propagate(starts, [edge for _, edge in guided], interception, keep_graph=True))
         watch = _Watch(self, {record.path for (record, _), d in zip(guided, ds, strict=True) if d is not None})
         for place, (record, _) in enumerate(guided):
             d, ds[place] = ds[place], None  # one at a time, so that d and z go as their product comes
@@ -209,7 +212,7 @@ class _Watch:
         scaled = torch.addcmul(gradient, gradient, relevance.to(gradient.dtype), value=factor)
         self.sums.pop(path, None)
         self.sums[path] = factor, scaled.sum(dtype=torch.float32)
-        if self.sums.keys() == self.paths:
+        if len(self.sums) == len(self.paths):
             self._look()
         return scaled
 

@@ -92,19 +92,18 @@ class Kept:
     """A tensor of the forward pass, remembered without graph, in the state it is in now.
 
     Attributes:
-        read: whether an operation has been seen to use it since.
+        rectified: whether it is remembered as the ReLU's output: below 0 nothing comes down, and above it they are the
+            same, so that one of them need not stay in memory.
     """
 
-    read = False
+    rectified = False
 
     def __init__(self, tensor: Tensor, path: str) -> None:
-        self.path = path
-        self.take(tensor)
+        self.path, self.value, self._version = path, tensor.detach(), tensor._version
 
     def take(self, tensor: Tensor) -> None:
         """Remembers `tensor`, which shares its memory with the network's own."""
-        self.value = tensor.detach()
-        self._version = tensor._version
+        self.value, self._version = tensor.detach(), tensor._version
 
     def copy(self) -> None:
         """Moves to memory of its own, before the network writes over it."""
@@ -142,13 +141,27 @@ class Record:
         assert self.kept is not None
         return self.kept.value
 
+    @property
+    def rectified(self) -> bool:
+        """Whether `z` is that of the ReLU above, at least 0."""
+        return self.kept is not None and self.kept.rectified
+
     def forget(self) -> None:
         """Lets go of the output."""
         self.kept = None
 
+    @property
+    def stabilises(self) -> bool:
+        """Whether it sends on nothing from where `z` is 0."""
+        return False
+
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
+
+    def below(self, d: Tensor) -> Tensor | None:
+        """The ``d`` of the input, worked out without the graph; None where that is left to the graph."""
+        return None
 
     def attach(self, node: Any) -> None:
         """Has the graph node that made `z` send things down as this record says, where no `Fork` stands above it."""
@@ -256,14 +269,16 @@ class Paths:
         if any(hasattr(module, "_orig_mod") for module in self.modules.values()):
             raise UnsupportedLayer("torch.compile hides what a model does from LRP; give the model before compilation")
         self.of_module = {id(module): path for path, module in self.modules.items()}
-        self._parameters = {id(weight): (weight, path) for path, weight in self.model.named_parameters()}
+        self._parameters = {
+            id(weight): (weight, path.removesuffix(".weight")) for path, weight in self.model.named_parameters()
+        }
 
     def of_layer(self, weight: Tensor) -> str | None:
         """The path of the layer that owns `weight`; None where it is no parameter of the model."""
         if id(weight) not in self._parameters and isinstance(weight, nn.Parameter):
             self.read()
         owner, path = self._parameters.get(id(weight), (None, ""))
-        return path.removesuffix(".weight") if owner is weight else None
+        return path if owner is weight else None
 
 
 UNSEEN = "what was made out of LRP's sight ({})"
@@ -295,17 +310,19 @@ class Interception(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.paths, self.rules, self.guided, self.sources = paths, rules, guided, sources
+        self.absolute = rules.absolute
         self.phase = Phase()
         self.records: list[Record] = []
         self.edges: list[GradientEdge] = []
         self.affine: dict[Any, tuple[int, Tensor]] = {}
         """For the graph node of an affine layer's output its place in `records`, and the layer's input."""
+        self.passing: set[Any] = set()
+        """The graph nodes that pass relevance from their one operand on just as they pass the gradient."""
         self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
-        self._kept: dict[int, list[Kept]] = {}  # by the address of their memory
-        # What a ReLU was the first to read is remembered as the ReLU's output: below 0 nothing comes down, and above it
-        # they are the same, so that one of them need not stay in memory. Should another read it too, it is put right.
-        self._replaced: dict[int, tuple[weakref.ref[Tensor], Kept]] = {}
+        self._kept: list[Kept] = []
+        # The outputs that no operation has read yet, or a ReLU alone, by their identity.
+        self._fresh: dict[int, tuple[weakref.ref[Tensor], Kept]] = {}
 
     @property
     def explains(self) -> bool:
@@ -316,31 +333,33 @@ class Interception(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        layer = LAYERS.get(function)
+        known = operation(function)
+        layer = known.layer
         if self.guided is not None and not self.records:  # before all that is guided, where no relevance comes
             out = layer.run(self, function, args, kwargs) if layer in AFFINE else function(*args, **kwargs)
             self._known.update(tensor.grad_fn for tensor in _tensors(out))
             return out
-        operands = _tensors(args, kwargs)
-        rectified: list[Kept] = []
-        if self._kept:
-            seen = self._kept_of(operands)
-            if seen and function in RECTIFIERS and not self.rules.absolute:
-                rectified = [kept for kept in seen if not kept.read]
-            for kept in seen:
-                kept.read = True
-            if _writes_in_place(function, args, kwargs):
-                self.keep_what_is_written_over(operands, rectified)
-        self.note(operands)
-        if layer is not None:
-            out = layer.run(self, function, args, kwargs)
-            for kept in rectified:
-                self._replaced[id(operands[0])] = weakref.ref(operands[0]), kept
-                kept.take(out)
-            self.note(_tensors(out), refused=None)
-        else:
+        operands = _tensors(*args, *kwargs.values())
+        rectified = self.note(operands, known.rectifies)
+        if known.inplace is not None and self._kept and _writes_in_place(known.inplace, args, kwargs):
+            self.keep_what_is_written_over(operands, rectified)
+        if layer is None:
             out = function(*args, **kwargs)
-            self.note(_tensors(out), refused=repr(getattr(function, "__name__", function)))
+            for tensor in _tensors(out):
+                if tensor.grad_fn not in self._known:
+                    self._refuse(tensor.grad_fn, repr(getattr(function, "__name__", function)))
+            return out
+        out = layer.run(self, function, args, kwargs)
+        if rectified is not None:
+            rectified.take(out)
+            rectified.rectified = True
+            self._fresh[id(operands[0])] = weakref.ref(operands[0]), rectified
+        if isinstance(out, Tensor):
+            self._known.add(out.grad_fn)
+            if known.passes and not self.absolute:
+                self.passing.add(out.grad_fn)
+        else:
+            self._known.update(tensor.grad_fn for tensor in _tensors(out))
         return out
 
     @property
@@ -360,6 +379,8 @@ class Interception(TorchFunctionMode):
 
     def rule(self, path: str, layer: type, a: Tensor) -> Rule:
         """The rule of the affine layer at `path` with the input `a`."""
+        if isinstance(self.rules.rule, Rule):
+            return self.rules.rule
         module = self.paths.modules.get(path, self.paths.model)
         return self.rules.of(path, module, layer, lambda: not self._stands_on(a, {edge.node for edge in self.edges}))
 
@@ -390,7 +411,7 @@ class Interception(TorchFunctionMode):
     def keep(self, tensor: Tensor, path: str) -> Kept:
         """Remembers `tensor` as it is now."""
         kept = Kept(tensor, path)
-        self._kept.setdefault(_address(tensor), []).append(kept)
+        self._kept.append(kept)
         return kept
 
     def add(self, record: Record, z: Tensor) -> None:
@@ -398,15 +419,25 @@ class Interception(TorchFunctionMode):
         uses = self._uses[record.path] = self._uses.get(record.path, 0) + 1
         if uses > 1:
             record.path += f"#{uses}"
-        record.kept = self.keep(z, record.path)
         self.records.append(record)
-        self.edges.append(get_gradient_edge(z))
+        self.edges.append(self._followed(record, z))
+
+    def record_of(self, node: Any) -> Record | None:
+        """The record of the affine layer whose output the graph node made."""
+        place, _ = self.affine.get(node, (None, None))
+        return None if place is None else self.records[place]
 
     def replace(self, place: int, record: Record, z: Tensor) -> None:
         """Puts another record with its output `z` in the place of one in `records`."""
         record.path = self.records[place].path
-        record.kept = self.keep(z, record.path)
-        self.records[place], self.edges[place] = record, get_gradient_edge(z)
+        self.records[place], self.edges[place] = record, self._followed(record, z)
+
+    def _followed(self, record: Record, z: Tensor) -> GradientEdge:
+        """The place of `z` in the graph, after `record` has kept it."""
+        record.kept = kept = self.keep(z, record.path)
+        self._fresh[id(z)] = weakref.ref(z), kept
+        node: Any = z.grad_fn
+        return GradientEdge(node, z.output_nr)
 
     def listens(self, guided: bool = False) -> bool:
         """Whether relevance may come down to the operation that runs now."""
@@ -414,37 +445,43 @@ class Interception(TorchFunctionMode):
 
     def check(self) -> None:
         """Raises `UnsupportedLayer` where something that relevance needs was written over without being seen."""
-        for kept in self._kept.values():
-            for tensor in kept:
-                tensor.check()
+        for kept in self._kept:
+            kept.check()
 
-    def keep_what_is_written_over(self, tensors: Sequence[Tensor], rectified: Sequence[Kept] = ()) -> None:
+    def keep_what_is_written_over(self, tensors: Sequence[Tensor], rectified: Kept | None = None) -> None:
         """Copies what is remembered of `tensors`, but for `rectified`, before they are written to."""
-        for tensor in tensors:
-            for kept in self._kept.pop(_address(tensor), ()):
-                if kept not in rectified:
-                    kept.copy()
-                self._kept.setdefault(_address(kept.value), []).append(kept)
+        written = {_address(tensor) for tensor in tensors}
+        for kept in self._kept:
+            if kept is not rectified and _address(kept.value) in written:
+                kept.copy()
 
-    def _kept_of(self, tensors: Sequence[Tensor]) -> list[Kept]:
-        return [kept for tensor in tensors for kept in self._kept.get(_address(tensor), ())]
+    def note(self, tensors: Sequence[Tensor], rectifies: bool = False) -> Kept | None:
+        """Takes note that `tensors` are read, by a ReLU (`rectifies`) or anything else.
 
-    def note(self, tensors: Sequence[Tensor], refused: str | None = UNSEEN) -> None:
-        """Lets relevance pass where `tensors` were made, or has it refused there.
+        Tensors whose making was not seen come to light here, as what an operation is called with or the model returns.
+        They come from custom autograd functions, scripts and the like, and are refused.
 
-        Tensors whose making was not seen come to light here too, as what a later operation is called with or the model
-        returns. They come from custom autograd functions, scripts and the like, and are refused.
+        Returns:
+            What is kept of one of them that may be remembered as the ReLU's output.
         """
+        found: Kept | None = None
         for tensor in tensors:
-            if id(tensor) in self._replaced:
-                original, kept = self._replaced.pop(id(tensor))
-                if original() is tensor:
+            original, kept = self._fresh.pop(id(tensor), (None, None))
+            if original is not None and kept is not None and original() is tensor:
+                if kept.rectified:  # as it seemed
                     kept.take(tensor)
+                    kept.rectified = False
+                elif rectifies and not self.absolute:
+                    found = kept
             node: Any = tensor.grad_fn
             if node not in self._known:
-                self._known.add(node)
-                if refused is not None:
-                    node.register_prehook(self._refusal(refused.format(node.name())))
+                self._refuse(node, UNSEEN.format(node.name()))
+        return found
+
+    def _refuse(self, node: Any, what: str) -> None:
+        """Lets no relevance pass through a graph node."""
+        self._known.add(node)
+        node.register_prehook(self._refusal(what))
 
     def _refusal(self, what: str) -> Callable[[Any], None]:
         phase, where = self.phase, self.running or type(self.paths.model).__name__
@@ -527,7 +564,7 @@ class ConcatenationLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, and takes the account of its constants where relevance is explained."""
-        parts = _tensors(args, kwargs)
+        parts = _tensors(*args, *kwargs.values())
         constant = function in PADDING and not (kwargs.get("value") or (len(args) > 3 and args[3]))
         constant = not constant and (function in FILLING or any(not interception.carries(part) for part in parts))
         if not (constant and interception.explains):
@@ -553,7 +590,7 @@ class Sum(Record):
     @classmethod
     def fork(cls, interception: Interception, layer: type, z: Tensor, terms: float) -> Tensor:
         """`z`, a sum of `terms`, as relevance has to find it."""
-        if not (interception.rules.absolute and interception.listens() and terms > 1 and z.requires_grad):
+        if not (interception.absolute and interception.listens() and terms > 1 and z.requires_grad):
             return z
         record = cls(interception.within("sum"), layer, interception.phase, terms)
         record.kept = interception.keep(z, record.path)
@@ -593,7 +630,7 @@ class AdditionLRP:
         if all(borne):
             return (
                 _out_of_place(interception, function, args, kwargs, fork=lambda z: Sum.fork(interception, cls, z, 2))
-                if interception.rules.absolute
+                if interception.absolute
                 else function(*args, **kwargs)
             )
         z = function(*args, **kwargs)
@@ -630,11 +667,11 @@ class ProductLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
-        factors = [factor for factor in _tensors(args, kwargs) if interception.carries(factor)]
+        factors = [factor for factor in _tensors(*args, *kwargs.values()) if interception.carries(factor)]
         if len(factors) < 2 or not interception.listens():
             return function(*args, **kwargs)
         share, measured = 1 / len(factors), None
-        if interception.explains and interception.rules.absolute:  # no factor can bear what was sent to a product of 0
+        if interception.explains and interception.absolute:  # no factor can bear what was sent to a product of 0
             measured = Measured(interception.within("product"), cls, interception.phase)
 
         def portion(factor: Tensor) -> Tensor:
@@ -679,7 +716,7 @@ class ReLULRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function` as the network does."""
-        if interception.rules.absolute and interception.listens():
+        if interception.absolute and interception.listens():
             return ActivationLRP.run(interception, function, args, kwargs, only_absolute=True)
         return function(*args, **kwargs)
 
@@ -703,9 +740,6 @@ class Activation(Record):
         if self.measured is not None:
             self.measured.passed += _total(self.phase.of(x, d))
         return None, d
-
-
-RECTIFIERS = named("relu", "relu_")
 
 
 class ActivationLRP:
@@ -1089,6 +1123,17 @@ class Affine(Record):
             return shares.own, relevance / nonzero(a)
         return shares.own, parts[0] if len(parts) == 1 else torch.where(a > 0, parts[0], parts[1])
 
+    @property
+    def stabilises(self) -> bool:
+        """See `Record.stabilises`."""
+        return self.rule.stabiliser > 0
+
+    def below(self, d: Tensor) -> Tensor | None:
+        """See `Record.below`."""
+        if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
+            return None
+        return self.share(d) @ self.weight.detach()
+
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""
         if self.a is None and (self.factor or self.rule.stabiliser):
@@ -1107,8 +1152,10 @@ class Affine(Record):
         """``s = d z / (z + epsilon sign z)``."""
         if self.rule.stabiliser == 0:
             return d
-        size = nonzero(self.z).abs_() if self.phase.absolute else self.z.abs()
-        return (d * size).div_(size.add_(self.rule.stabiliser))
+        size = self.z if self.rectified else self.z.abs()
+        if self.phase.absolute:
+            size = nonzero(size)
+        return (d * size).div_(size + self.rule.stabiliser)
 
     def absorbed(self, d: Tensor) -> tuple[float, float]:
         """See `Record.absorbed`."""
@@ -1185,23 +1232,25 @@ class AffineLRP:
         (a, weight, bias), rest, named = _operands(args, kwargs)
         path = interception.paths.of_layer(weight)
         path = interception.running if path is None else path
+        explains = interception.guided is None
         factor = 0.0 if interception.guided is None else interception.guided(path, cls)
-        if interception.explains:  # without weight gradients there is nothing to keep for them
+        if explains:  # without weight gradients there is nothing to keep for them
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         z: Tensor = function(a, weight, bias, *rest, **named)
-        if not (z.requires_grad and interception.listens(factor != 0)):
+        if not z.requires_grad or not (explains or factor or interception.records):
             return z
 
         rule = interception.rule(path, cls, a)
-        if bias is not None and (interception.explains or rule.asks_for_sums):
+        kept = None
+        if asks_for_sums := rule.asks_for_sums:
+            weight, kept = weight.detach(), interception.keep(a, path)
+        if bias is not None and (explains or asks_for_sums):
             bias = bias.detach().view(-1, *[1] * (weight.dim() - 2))
-        kept = interception.keep(a, path) if rule.asks_for_sums else None
-        call = Call(function, rest, named)
-        record = Affine(path, cls, interception.phase, rule, call, weight.detach(), bias, kept, factor)
+        record = Affine(path, cls, interception.phase, rule, Call(function, rest, named), weight, bias, kept, factor)
         if kept is not None:
             z = Fork.apply(z, a if a.requires_grad else None, record)
         interception.add(record, z)
-        if interception.explains:
+        if weight.is_leaf:
             interception.affine[z.grad_fn] = len(interception.records) - 1, a
         return z
 
@@ -1219,6 +1268,7 @@ class ConvolutionalLRP(AffineLRP):
 
 
 AFFINE = (LinearLRP, ConvolutionalLRP)
+PASSING = (ReLULRP, FlattenLRP, DropoutLRP)
 
 LAYERS: dict[Any, Any] = {
     function: layer
@@ -1256,10 +1306,10 @@ def _out_of_place(
     fork: Callable[[Tensor], Tensor] = lambda z: z,
 ) -> Any:
     """Calls `function` on prepared operands and forks its output; where it writes in place, that is done at the end."""
-    if not _writes_in_place(function, args, kwargs):
+    position = operation(function).inplace
+    if not _writes_in_place(position, args, kwargs):
         return fork(function(*prepare(args), **prepare(kwargs)))
     target = args[0] if args else kwargs["input"]
-    position = _position_of_inplace(function)
     if position == -1:
         function = getattr(torch, function.__name__.strip("_").removeprefix("i"))  # mul_ and __imul__ alike
     else:
@@ -1315,26 +1365,44 @@ def _tensors(*values: Any) -> list[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
-        elif isinstance(value, tuple | list):
+        elif isinstance(value, SEQUENCE):
             found += _tensors(*value)
         elif isinstance(value, dict):
             found += _tensors(*value.values())
     return found
 
 
-def _writes_in_place(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    position = _position_of_inplace(function)
-    if position is None or position < 0:
-        return position is not None
-    return bool(kwargs.get("inplace") or args[position : position + 1] == (True,))
+SEQUENCE = (tuple, list)
 
 
-INPLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__")
+class Operation(NamedTuple):
+    """What is known of a function of PyTorch.
+
+    Attributes:
+        layer: its LRP layer, or None.
+        rectifies: whether it is ReLU itself.
+        passes: whether relevance goes through it, from its output to one operand, just as the gradient does.
+        inplace: where the argument ``inplace`` stands; -1 where it always writes in place, None where it never does.
+    """
+
+    layer: Any
+    rectifies: bool
+    passes: bool
+    inplace: int | None
 
 
 @cache
+def operation(function: Any) -> Operation:
+    """What is known of `function`."""
+    layer = LAYERS.get(function)
+    return Operation(layer, function in RECTIFIERS, layer in PASSING, _position_of_inplace(function))
+
+
+RECTIFIERS = named("relu", "relu_")
+INPLACE_OPERATORS = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__")
+
+
 def _position_of_inplace(function: Any) -> int | None:
-    """Where the argument ``inplace`` stands; -1 for a function that always writes in place, None for one that never."""
     name = getattr(function, "__name__", "")
     if name in ("__setitem__", *INPLACE_OPERATORS) or (name.endswith("_") and not name.startswith("_")):
         return -1
@@ -1343,3 +1411,10 @@ def _position_of_inplace(function: Any) -> int | None:
     except (TypeError, ValueError):
         return None
     return names.index("inplace") if "inplace" in names else None
+
+
+def _writes_in_place(position: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call with these arguments does, by where the function has its argument ``inplace``."""
+    if position is None or position < 0:
+        return position is not None
+    return bool(kwargs.get("inplace") or args[position : position + 1] == (True,))

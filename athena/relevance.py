@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from athena.layers import AffineLRP, Interception, Paths, Phase, Record, RuleChoice, UnsupportedLayer, mapped
+from athena.layers import AffineLRP, Interception, LinearLRP, Paths, Phase, Record, RuleChoice, UnsupportedLayer, mapped
 from athena.rules import Epsilon, Preset, Rule
 
 __all__ = ["Relevance", "lrp", "start"]
@@ -111,7 +111,8 @@ def lrp(
         relevance = start(output, target)
         pairs = _pairs(output, relevance)
         edges = [torch.autograd.graph.get_gradient_edge(source) for source in sources]
-        ds = propagate(pairs, [*edges, *interception.edges], interception)
+        starts = [(output, _each(relevance, output)) for output, relevance in pairs]
+        ds = propagate(starts, [*edges, *interception.edges], interception)
     of_inputs, of_records = ds[: len(sources)], ds[len(sources) :]
     if all(d is None for d in of_inputs) or not interception.records:
         raise UnsupportedLayer(
@@ -149,17 +150,7 @@ def start(output: Any, target: Target) -> Any:
             shape = tuple(output.shape) if isinstance(output, Tensor) else "and structure"
             raise ValueError(f"target(output) gave {_described(relevance)}; it must have the output's shape {shape}")
         return mapped(relevance, Tensor.detach)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the model returned {_described(output)}; LRP starts from one tensor (batch, classes). For several give "
-            "target as a function from the output to its relevance"
-        )
-    output = output.detach()
-    if output.dim() != 2:
-        raise ValueError(
-            f"the model's output has shape {tuple(output.shape)}; for anything but (batch, classes) give target as a "
-            "function from the output to its relevance"
-        )
+    output = _logits(output)
     match target:
         case "softmax":
             return output.softmax(1)
@@ -167,16 +158,46 @@ def start(output: Any, target: Target) -> Any:
             return output
         case str():
             raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
-    if target is None:
-        logit, chosen = output.max(1, keepdim=True)
-    else:
-        chosen = _chosen(target, output)
-        logit = output.gather(1, chosen)
-    return torch.zeros_like(output).scatter_(1, chosen, logit)
+    chosen = _chosen(target, output)
+    return torch.zeros_like(output).scatter_(1, chosen, output.gather(1, chosen))
+
+
+def start_down(output: Any, target: Target) -> Tensor:
+    """The ``d`` that relevance starts down with from an output (batch, classes): `start` over the output, and 0 at 0.
+
+    Raises:
+        TypeError, ValueError: as `start`.
+    """
+    if callable(target) or isinstance(target, str):
+        return _each(start(output, target), output)
+    output = _logits(output)
+    return torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output)
+
+
+def _logits(output: Any) -> Tensor:
+    """The output without graph, checked."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned {_described(output)}; LRP starts from one tensor (batch, classes). For several give "
+            "target as a function from the output to its relevance"
+        )
+    if output.dim() != 2:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}; for anything but (batch, classes) give target as a "
+            "function from the output to its relevance"
+        )
+    return output.detach()
+
+
+def _each(relevance: Tensor, output: Tensor) -> Tensor:
+    """``relevance / output``, and 0 where the output is 0, which can bear none."""
+    return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
 
 
 def _chosen(target: Any, output: Tensor) -> Tensor:
-    """The class to explain for each sample, (batch, 1), from a target that names it."""
+    """The class to explain for each sample, (batch, 1): the one predicted, or that which the target names."""
+    if target is None:
+        return output.argmax(1, keepdim=True)
     batch, classes = output.shape
     if isinstance(target, int) and not isinstance(target, bool):
         chosen = torch.full((batch,), target, device=output.device)
@@ -201,16 +222,16 @@ def propagate(
     interception: Interception,
     keep_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Sends relevance down from `starts`, pairs of an output and its relevance, to `edges`.
+    """Sends relevance down from `starts`, pairs of an output and its ``d``, to `edges`.
 
     Returns:
         The ``d`` of each edge, or None where none came.
     """
-    outputs = [output for output, _ in starts]
+    outputs, ds = [output for output, _ in starts], [d for _, d in starts]
     interception.note(outputs)
     interception.check()
-    # an output of 0 can bear none
-    ds = [(relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0) for output, relevance in starts]
+    if keep_graph and (found := _along_chain(outputs[0], ds[0], edges, interception)):
+        return found
     for record, edge in zip(interception.records, interception.edges, strict=True):
         record.attach(edge.node)
     interception.phase.relevance = True
@@ -218,6 +239,49 @@ def propagate(
         return torch.autograd.grad(outputs, edges, ds, retain_graph=keep_graph, allow_unused=True)
     finally:
         interception.phase.relevance = False
+
+
+def _along_chain(
+    output: Tensor, d: Tensor, edges: Sequence[GradientEdge], interception: Interception
+) -> tuple[Tensor, ...] | None:
+    """As `propagate`, where only linear layers and what passes ``d`` on follow one another down to `edges`; else None.
+
+    It does without the engine, a second run of which costs a small network as much as the arithmetic of relevance.
+    """
+    records = [interception.record_of(edge.node) for edge in edges]
+    goals = {edge.node: record for edge, record in zip(edges, records, strict=True) if record is not None}
+    if len(goals) < len(edges) or any(record.layer is not LinearLRP for record in goals.values()):
+        return None
+    found: dict[Any, Tensor] = {}
+    node: Any = output.grad_fn
+    with torch.no_grad():
+        while True:
+            if node in goals:
+                found[node] = d
+                if len(found) == len(goals):
+                    break
+            if node in interception.affine:
+                place, a = interception.affine[node]
+                below, node = interception.records[place].below(d), a.grad_fn
+                if below is None:
+                    return None
+                d = below
+            elif node in interception.passing:
+                ways = [(place, lower) for place, (lower, _) in enumerate(node.next_functions) if lower is not None]
+                if len(ways) != 1:
+                    return None
+                ((way, lower),) = ways
+                record, last = interception.record_of(lower), len(found) == len(goals) - 1
+                # a ReLU lets nothing through at 0, but there nothing is borne, nor goes any further
+                if not (record is not None and record.rectified and (record.stabilises or (last and lower in goals))):
+                    of_operands = node(d)
+                    d = of_operands if isinstance(of_operands, Tensor) else of_operands[way]
+                node = lower
+            else:
+                return None
+    for node, record in goals.items():
+        record.attach(node)
+    return tuple(found[edge.node] for edge in edges)
 
 
 def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import athena
-from athena import layers, models
+from athena import layers, models, relevance
 from athena.rules import Epsilon, Gamma, Zero
 
 Gradients = dict[str, Tensor]
@@ -647,6 +647,75 @@ def test_a_layer_used_twice_is_guided_at_both_places() -> None:
         for kind in ("weight", "bias")
     }
     close(gradients(twice, x, labels, factor=0.7), expected)
+
+
+CHAINS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: models.mlp().float(),
+    "linear part of the cnn": lambda: models.cnn(channels=1),
+    "leaky": lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 9), nn.LeakyReLU(), nn.Linear(9, 8), nn.Linear(8, 4)),
+    "dropout": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(1024, 9), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(9, 8, bias=False), nn.ReLU(),
+        nn.Dropout(0.2), nn.Linear(8, 4),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-6)], ids=str)
+@pytest.mark.parametrize("network", CHAINS)
+def test_a_chain_of_linear_layers_gets_the_same_bits_without_the_engine(
+    network: str, rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CHAINS[network]()
+    x, labels = torch.randn(6, 1, 32, 32), torch.randint(4, (6,))
+    found: list[Any] = []
+    along_chain = relevance._along_chain
+
+    def guided() -> Gradients:
+        torch.manual_seed(1)  # of dropout
+        return gradients(model, x, labels, factor=0.7, scope="linear", rule=rule)
+
+    monkeypatch.setattr(relevance, "_along_chain", lambda *given: found.append(along_chain(*given)) or found[-1])
+    alone = guided()
+    assert found[-1] is not None, "the engine was called for a chain"
+    monkeypatch.setattr(relevance, "_along_chain", lambda *given: None)
+    equal(alone, guided())
+
+
+@pytest.mark.parametrize("case", ["residual", "two heads", "weight from a layer", "another activation"])
+def test_what_is_no_chain_is_left_to_the_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, other = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+    last, small = nn.Linear(6, 4).double(), nn.Linear(6, 24).double()
+
+    def forward(x: Tensor) -> Tensor:
+        z = layer(x).relu()
+        match case:
+            case "residual":
+                return last(z + other(z).relu())
+            case "two heads":
+                return torch.cat([last(z)[:, :2], last(other(z).relu())[:, 2:]], 1)
+            case "weight from a layer":
+                return F.linear(other(z).relu(), small(z.mean(0)).view(4, 6))
+            case _:
+                return last(other(z).sigmoid())
+
+    model = Forward(forward, layer, other, last, small)
+    found: list[Any] = []
+    along_chain = relevance._along_chain
+    monkeypatch.setattr(relevance, "_along_chain", lambda *given: found.append(along_chain(*given)) or found[-1])
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    gradients(model, x, labels, factor=0.7, scope="all", rule=Zero())
+    assert found == [None]
+
+
+class Forward(nn.Module):
+    """A model from a function and the layers it calls."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Sine(nn.Module):

@@ -344,6 +344,16 @@ TARGETS: dict[str, tuple[Any, oracles.Start]] = {
 }
 
 
+@pytest.mark.parametrize("target", [None, 2, torch.tensor([0, 3, 1]), "softmax", "logits", torch.ones_like], ids=str)
+def test_training_starts_with_relevance_over_the_output_and_nothing_at_0(target: Any) -> None:
+    output = torch.randn(3, 4)
+    output[1] = -output[1].abs()
+    output[1, 3] = output[2, 1] = 0.0
+    relevance = athena.relevance.start(output, target)
+    expected = torch.where(output == 0, 0, relevance / output)
+    torch.testing.assert_close(athena.relevance.start_down(output, target), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_relevance_starts_from_the_target(target: str) -> None:
     model, x = narrow_mlp(), images(5, 1, 3, 4)
