@@ -263,7 +263,7 @@ def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
     for place, arm in enumerate(arms):
         del arm.seconds[:WARM_UP]
         if device == "cpu" and memory.told():
-            arm.bytes = memory.in_fresh_process(peak_of, title, place, threads)
+            arm.bytes = memory.in_fresh_process(memory.GIVEN_BACK, peak_of, title, place, threads)
     return arms
 
 

@@ -3,9 +3,12 @@
     python benchmarks/lrp.py --steps 10 --threads 1 --device cpu
 
 All arms of a network take turns in one process, in an order drawn anew for each round, so that whatever else the
-machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). An explanation is that of the
-predicted class of each of a batch of random images, down to the input, by a float32 network in eval mode with random
-weights. The arms:
+machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). On a CPU the first arms are then
+timed in a process as it comes as well, where the maps that `athena.lrp` keeps cost a page fault for every 4 KiB: that
+is the price for someone who sets nothing.
+
+An explanation is that of the predicted class of each of a batch of random images, down to the input, by a float32
+network in eval mode with random weights. The arms:
 
     plain     `torch.autograd.grad` of the predicted logits to the input; parameters are as a model has them, requiring
               gradients, though none is computed for them
@@ -50,6 +53,7 @@ from athena.models import cnn
 from athena.rules import Epsilon, Gamma, Rule, Zero, ZPlus
 
 WARM_UP = 1
+SIMPLE = 3  # plain, ATHENA by LRP-0 and epsilon
 
 
 class Network(NamedTuple):
@@ -215,9 +219,8 @@ def peak_of(network: str, place: int, threads: int) -> int:
         return memory.added_by(lambda: arm.explain(arm.images))
 
 
-def measure(network: str, steps: int, threads: int, device: str) -> str:
-    """The table of one network."""
-    arms = arms_of(network, device)
+def rounds(arms: list[Arm], steps: int, device: str) -> tuple[list[list[float]], list[int]]:
+    """The seconds of each arm in each round, and the bytes it needed at most."""
     seconds: list[list[float]] = [[] for _ in arms]
     peak = [0] * len(arms)
     order = random.Random(0)
@@ -227,12 +230,35 @@ def measure(network: str, steps: int, threads: int, device: str) -> str:
             peak[place] = max(peak[place], needed)
             if step >= WARM_UP:
                 seconds[place].append(taken)
+    return seconds, peak
+
+
+def as_it_comes(network: str, steps: int, threads: int) -> list[list[float]]:
+    """The seconds of the plain gradient and of ATHENA by rules that ask for no sums."""
+    torch.set_num_threads(threads)
+    return rounds(arms_of(network, "cpu")[:SIMPLE], steps, "cpu")[0]
+
+
+def measure(network: str, steps: int, threads: int, device: str) -> str:
+    """The tables of one network."""
+    arms = arms_of(network, device)
     names = [arm.name for arm in arms]
+    seconds, peak = rounds(arms, steps, device)
     del arms
-    if device == "cpu" and memory.told():
-        peak = [memory.in_fresh_process(peak_of, network, place, threads) for place in range(len(names))]
     title, _, shape = NETWORKS[network]
-    return table(f"{title}, {' x '.join(map(str, shape))}", names, seconds, peak)
+    title = f"{title}, {' x '.join(map(str, shape))}"
+    if device != "cpu":
+        return table(title, names, seconds, peak)
+    if memory.told():
+        fresh = memory.GIVEN_BACK, peak_of, network
+        peak = [memory.in_fresh_process(*fresh, place, threads) for place in range(len(names))]
+    simple = memory.in_fresh_process(memory.AS_IT_COMES, as_it_comes, network, steps, threads)
+    return "\n".join(
+        [
+            table(title, names, seconds, peak),
+            table("The same in a process as it comes", names[:SIMPLE], simple, [0] * SIMPLE),
+        ]
+    )
 
 
 def table(title: str, names: list[str], seconds: list[list[float]], peak: list[int]) -> str:

@@ -12,15 +12,17 @@ from typing import Any
 CLEAR = Path("/proc/self/clear_refs")
 KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 """What tells glibc to keep freed memory. It accepts no more than 32 MiB for the second."""
+GIVEN_BACK = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""What tells it to give freed memory back at once."""
+AS_IT_COMES: dict[str, str] = {}
 
 
 def keep_freed() -> None:
     """Starts this program again, once, in a process that keeps the memory it frees.
 
     glibc gives freed memory back to the system above a threshold, and the next tensor there costs a page fault for
-    every 4 KiB. What is timed here is the computation without these. An arm that holds more memory has more of them:
-    in a process as it comes, `athena.lrp`, which keeps the map of every layer, is further from the plain gradient than
-    the table says. Elsewhere than on glibc nothing changes.
+    every 4 KiB. What is timed here is the computation without these. An arm that holds more memory has more of them.
+    Elsewhere than on glibc nothing changes.
     """
     if not KEPT.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT)
@@ -46,8 +48,13 @@ def added_by(action: Callable[[], Any]) -> int:
     return resident("VmHWM") - standing
 
 
-def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
-    """What `function` returns in a process of its own, which gives freed memory back at once."""
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    with multiprocessing.get_context("spawn").Pool(1) as fresh:
-        return fresh.apply(function, arguments)
+def in_fresh_process(settings: dict[str, str], function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns in a process of its own, whose C library has these settings alone."""
+    for name in KEPT:
+        os.environ.pop(name, None)
+    os.environ |= settings
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            return fresh.apply(function, arguments)
+    finally:
+        os.environ |= KEPT
