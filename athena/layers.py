@@ -275,9 +275,10 @@ class Paths:
 
     def of_layer(self, weight: Tensor) -> str | None:
         """The path of the layer that owns `weight`; None where it is no parameter of the model."""
-        if id(weight) not in self._parameters and isinstance(weight, nn.Parameter):
+        owner, path = self._parameters.get(id(weight), (None, None))
+        if owner is None and isinstance(weight, nn.Parameter):
             self.read()
-        owner, path = self._parameters.get(id(weight), (None, ""))
+            owner, path = self._parameters.get(id(weight), (None, None))
         return path if owner is weight else None
 
 
@@ -1038,17 +1039,35 @@ class BatchNormLRP(NormalisationLRP):
         return z
 
 
-class Call(NamedTuple):
-    """How an affine function was called, apart from its input, weight and bias."""
+class Affine(Record):
+    """The record of an affine layer ``z = W a + b``.
 
-    function: Any
-    rest: tuple[Any, ...]
-    named: dict[str, Any]
+    Args:
+        rule: the layer's rule.
+        function, weight, bias, rest, named: what is called and with what, apart from the input; `bias` in a shape that
+            adds to ``z``.
+        a: its input, where the rule asks for sums of its own.
+        factor: the LRP factor in training; 0 where the layer is not guided.
+    """
 
-    def __call__(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The function of other operands."""
-        z: Tensor = self.function(a, weight, bias, *self.rest, **self.named)
-        return z
+    def __init__(
+        self,
+        path: str,
+        layer: type,
+        phase: Phase,
+        rule: Rule,
+        function: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        rest: tuple[Any, ...],
+        named: dict[str, Any],
+        a: Kept | None,
+        factor: float = 0.0,
+    ) -> None:
+        super().__init__(path, layer, phase)
+        self.function, self.weight, self.bias, self.rest, self.named = function, weight, bias, rest, named
+        self.rule, self.a, self.factor = rule, a, factor
+        phase.absolute = phase.absolute or rule.absolute
 
     @property
     def transposed(self) -> bool:
@@ -1060,41 +1079,14 @@ class Call(NamedTuple):
         """How many groups of channels it has; their place is the same in all convolutions of PyTorch."""
         return int(self.named.get("groups", self.rest[3] if len(self.rest) > 3 else 1))
 
-
-class Affine(Record):
-    """The record of an affine layer ``z = W a + b``.
-
-    Args:
-        rule: the layer's rule.
-        call, weight, bias: what the layer is; `bias` in a shape that adds to ``z``.
-        a: its input, where the rule asks for sums of its own.
-        factor: the LRP factor in training; 0 where the layer is not guided.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        layer: type,
-        phase: Phase,
-        rule: Rule,
-        call: Call,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Kept | None,
-        factor: float = 0.0,
-    ) -> None:
-        super().__init__(path, layer, phase)
-        self.rule, self.call, self.weight, self.bias, self.a, self.factor = rule, call, weight, bias, a, factor
-        phase.absolute = phase.absolute or rule.absolute
-
     @property
     def can_be_scaled(self) -> bool:
         """Whether a fixed affine map of each channel of ``z`` makes a difference to the rule, and can be merged."""
-        return not isinstance(self.rule, Zero) and not (self.call.transposed and self.call.groups > 1)
+        return not isinstance(self.rule, Zero) and not (self.transposed and self.groups > 1)
 
     def scaled(self, scale: Tensor, shift: Tensor) -> "Affine":
         """This layer and the map ``scale z + shift`` after it as one; of itself it then shares nothing any more."""
-        outputs = 1 if self.call.transposed else 0
+        outputs = 1 if self.transposed else 0
         shape = [-1 if dim == outputs else 1 for dim in range(self.weight.dim())]
         channels = [1] * (self.weight.dim() - 1)
         channels[0] = -1
@@ -1102,7 +1094,8 @@ class Affine(Record):
         if self.bias is not None:
             bias = bias + self.bias * scale.view(bias.shape)
         weight = self.weight * scale.view(shape)
-        merged = Affine(self.path, self.layer, self.phase, self.rule, self.call, weight, bias, self.a)
+        what = self.function, weight, bias, self.rest, self.named
+        merged = Affine(self.path, self.layer, self.phase, self.rule, *what, self.a)
         self.rule, self.a = Zero(), None
         return merged
 
@@ -1182,10 +1175,11 @@ class Affine(Record):
 
     def _sums(self, inputs: Tensor, sums: Sums) -> Tensor:
         """The sums without their biases, joined: one call of the layer's function."""
-        groups, transposed = self.call.groups, self.call.transposed
+        groups, transposed = self.groups, self.transposed
         rows = [_joined(row, 0 if transposed else 1, groups if transposed else 1) for row in sums.weights]
         weight = _joined(rows, 1 if transposed else 0, 1 if transposed else groups)
-        return self.call(inputs, weight)
+        joined: Tensor = self.function(inputs, weight, None, *self.rest, **self.named)
+        return joined
 
     def _totals(self, joined: Tensor, sums: Sums) -> Sequence[Tensor]:
         """The sums one by one, in the same memory, which then has their biases."""
@@ -1198,13 +1192,13 @@ class Affine(Record):
         return 1 - self.weight.dim()
 
     def _joined(self, tensors: Sequence[Tensor], dim: int) -> Tensor:
-        return _joined(tensors, dim, self.call.groups)
+        return _joined(tensors, dim, self.groups)
 
     def _parted(self, tensor: Tensor, dim: int, parts: int) -> Sequence[Tensor]:
         """The inverse of `_joined`."""
         if parts == 1:
             return [tensor]
-        groups = self.call.groups
+        groups = self.groups
         if groups == 1:
             return tensor.chunk(parts, dim)
         split = tensor.unflatten(dim, (groups, parts, -1)).unbind(dim - 1)
@@ -1246,7 +1240,7 @@ class AffineLRP:
             weight, kept = weight.detach(), interception.keep(a, path)
         if bias is not None and (explains or asks_for_sums):
             bias = bias.detach().view(-1, *[1] * (weight.dim() - 2))
-        record = Affine(path, cls, interception.phase, rule, Call(function, rest, named), weight, bias, kept, factor)
+        record = Affine(path, cls, interception.phase, rule, function, weight, bias, rest, named, kept, factor)
         if kept is not None:
             z = Fork.apply(z, a if a.requires_grad else None, record)
         interception.add(record, z)
@@ -1341,8 +1335,10 @@ def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return bound.arguments | {"function": function.__name__}
 
 
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], tuple[Any, ...], dict[str, Any]]:
     """Input, weight and bias of an affine function, and what else it was called with."""
+    if len(args) >= 3:
+        return args[:3], args[3:], kwargs
     named = dict(kwargs)
     missing = ("input", "weight", "bias")[len(args) :]
     return [*args[:3], *(named.pop(name, None) for name in missing)], args[3:], named
