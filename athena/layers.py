@@ -18,7 +18,6 @@ user's code stay as they are. Not here: what relevance to start from (`athena.re
 """
 
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -89,7 +88,7 @@ class Phase:
 
 
 class Kept:
-    """A tensor of the forward pass, remembered without graph, in the state it is in now.
+    """A tensor of the forward pass, remembered in the state it is in now, and from `check` on without its graph.
 
     Attributes:
         rectified: whether it is remembered as the ReLU's output: below 0 nothing comes down, and above it they are the
@@ -99,22 +98,27 @@ class Kept:
     rectified = False
 
     def __init__(self, tensor: Tensor, path: str) -> None:
-        self.path, self.value, self._version = path, tensor.detach(), tensor._version
+        self.path, self.value, self._version = path, tensor, tensor._version
 
     def take(self, tensor: Tensor) -> None:
         """Remembers `tensor`, which shares its memory with the network's own."""
-        self.value, self._version = tensor.detach(), tensor._version
+        self.value, self._version = tensor, tensor._version
 
     def copy(self) -> None:
         """Moves to memory of its own, before the network writes over it."""
-        self.take(self.value.clone())
+        self.take(self.value.detach().clone())
 
     def check(self) -> None:
-        """Raises `UnsupportedLayer` where it was written over without being seen."""
+        """Lets go of the graph.
+
+        Raises:
+            UnsupportedLayer: the tensor was written over without being seen.
+        """
         if self.value._version != self._version:
             raise UnsupportedLayer(
                 f"the output of {self.path!r} was changed in place in a way LRP cannot follow; change it out of place"
             )
+        self.value = self.value.detach()
 
 
 class Record:
@@ -322,8 +326,8 @@ class Interception(TorchFunctionMode):
         self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
         self._kept: list[Kept] = []
-        # The outputs that no operation has read yet, or a ReLU alone, by their identity.
-        self._fresh: dict[int, tuple[weakref.ref[Tensor], Kept]] = {}
+        # What is kept of the outputs that no operation has read yet, or a ReLU alone, by the node that made them.
+        self._fresh: dict[Any, Kept] = {}
 
     @property
     def explains(self) -> bool:
@@ -354,7 +358,6 @@ class Interception(TorchFunctionMode):
         if rectified is not None:
             rectified.take(out)
             rectified.rectified = True
-            self._fresh[id(operands[0])] = weakref.ref(operands[0]), rectified
         if isinstance(out, Tensor):
             self._known.add(out.grad_fn)
             if known.passes and not self.absolute:
@@ -435,9 +438,8 @@ class Interception(TorchFunctionMode):
 
     def _followed(self, record: Record, z: Tensor) -> GradientEdge:
         """The place of `z` in the graph, after `record` has kept it."""
-        record.kept = kept = self.keep(z, record.path)
-        self._fresh[id(z)] = weakref.ref(z), kept
         node: Any = z.grad_fn
+        record.kept = self._fresh[node] = self.keep(z, record.path)
         return GradientEdge(node, z.output_nr)
 
     def listens(self, guided: bool = False) -> bool:
@@ -467,14 +469,18 @@ class Interception(TorchFunctionMode):
         """
         found: Kept | None = None
         for tensor in tensors:
-            original, kept = self._fresh.pop(id(tensor), (None, None))
-            if original is not None and kept is not None and original() is tensor:
-                if kept.rectified:  # as it seemed
-                    kept.take(tensor)
-                    kept.rectified = False
-                elif rectifies and not self.absolute:
-                    found = kept
             node: Any = tensor.grad_fn
+            if node is None:
+                continue
+            kept = self._fresh.get(node)
+            if kept is not None:
+                if rectifies and not self.absolute and not kept.rectified:
+                    found = kept
+                else:
+                    del self._fresh[node]
+                    if kept.rectified:  # it seemed that a ReLU alone reads it
+                        kept.take(tensor)
+                        kept.rectified = False
             if node not in self._known:
                 self._refuse(node, UNSEEN.format(node.name()))
         return found
