@@ -115,6 +115,16 @@ def test_every_slider_moves_its_picture_by_keyboard_with_no_kernel(context: Brow
         assert moved(widget) == (True, True)
 
 
+@pytest.mark.parametrize("context", [(PHONE, "light")], indirect=True, ids=str)
+@pytest.mark.parametrize("name", PAGES)
+def test_figures_can_be_read_on_a_phone(context: BrowserContext, name: str) -> None:
+    page, _ = opened(context, HTML / f"{name}.html")
+    sizes = page.locator(".bd-article div.cell_output :is(figure, .widget-box) > img:visible").evaluate_all(
+        "images => images.map(image => [image.naturalWidth, image.width])"
+    )
+    assert all(width >= min(natural, 600) for natural, width in sizes), sizes
+
+
 def test_there_are_sliders_to_move(context: BrowserContext) -> None:
     assert len(widgets(opened(context, HTML / "03-lrp-heatmaps.html")[0])) == 3
 
