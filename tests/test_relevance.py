@@ -344,7 +344,11 @@ TARGETS: dict[str, tuple[Any, oracles.Start]] = {
 }
 
 
-@pytest.mark.parametrize("target", [None, 2, torch.tensor([0, 3, 1]), "softmax", "logits", torch.ones_like], ids=str)
+@pytest.mark.parametrize(
+    "target",
+    [None, 2, torch.tensor([0, 3, 1]), "softmax", "logits", torch.ones_like],
+    ids=["predicted", "int", "tensor", "softmax", "logits", "function"],
+)
 def test_training_starts_with_relevance_over_the_output_and_nothing_at_0(target: Any) -> None:
     output = torch.randn(3, 4)
     output[1] = -output[1].abs()
