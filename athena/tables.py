@@ -21,9 +21,12 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
-    """The difference in a row of `statistics.compare` in points with its interval, ``"+0.12 [-0.30, +0.54]"``."""
+    """The difference in a row of `statistics.compare` in points with its interval, ``"+0.12 [-0.30, +0.54]"``.
+
+    One pair alone has no interval, and is said to be one: ``"+0.12 (one pair)"``.
+    """
     difference, low, high = (f"{100 * row[name]:+.{digits}f}" for name in ("difference", "low", "high"))
-    return difference if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
+    return f"{difference} (one pair)" if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
 
 
 def say(text: str) -> None:

@@ -13,7 +13,7 @@ def frame() -> pd.DataFrame:
 
 def test_a_difference_stands_in_points_with_its_interval() -> None:
     assert tables.points({"difference": 0.00123, "low": -0.004, "high": 0.01}) == "+0.12 [-0.40, +1.00]"
-    assert tables.points({"difference": -0.5, "low": float("nan"), "high": float("nan")}) == "-50.00"
+    assert tables.points({"difference": -0.5, "low": float("nan"), "high": float("nan")}) == "-50.00 (one pair)"
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
