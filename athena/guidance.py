@@ -142,11 +142,14 @@ class Guidance:
         inside = layer in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope
         return float(self.factor) if inside else 0.0
 
+    def _guides(self) -> bool:
+        """Whether there is a factor that is not 0."""
+        if not isinstance(self.factor, float) and isinstance(self.factor, Mapping):
+            return any(self.factor.values())
+        return bool(self.factor)
+
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled() and self._pass is None):
-            return
-        factor = self.factor
-        if factor if isinstance(factor, float) or not isinstance(factor, Mapping) else any(factor.values()):
+        if model.training and torch.is_grad_enabled() and self._pass is None and self._guides():
             self._pass = Interception(self._paths, self.rule, self._factor_at)
             self._pass.__enter__()
 

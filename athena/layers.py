@@ -320,7 +320,8 @@ class Interception(TorchFunctionMode):
         self.records: list[Record] = []
         self.edges: list[GradientEdge] = []
         self.affine: dict[Any, tuple[int, Tensor]] = {}
-        """For the graph node of an affine layer's output its place in `records`, and the layer's input."""
+        """For the graph node of an affine layer's output its place in `records`, and the layer's input. Layers whose
+        weights were themselves computed are not in it."""
         self.passing: set[Any] = set()
         """The graph nodes that pass relevance from their one operand on just as they pass the gradient."""
         self._uses: dict[str, int] = {}
@@ -442,9 +443,9 @@ class Interception(TorchFunctionMode):
         record.kept = self._fresh[node] = self.keep(z, record.path)
         return GradientEdge(node, z.output_nr)
 
-    def listens(self, guided: bool = False) -> bool:
+    def listens(self) -> bool:
         """Whether relevance may come down to the operation that runs now."""
-        return self.guided is None or guided or bool(self.records)
+        return self.guided is None or bool(self.records)
 
     def check(self) -> None:
         """Raises `UnsupportedLayer` where something that relevance needs was written over without being seen."""
