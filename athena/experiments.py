@@ -49,7 +49,7 @@ __all__ = [
     "sweep",
 ]
 
-ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity")
+ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every")
 """The fields of a `Run` that say how it is guided: all that a guided run and its plain partner differ in."""
 
 COLUMNS = [field.name for field in fields(Run)] + [
@@ -60,7 +60,8 @@ COLUMNS = [field.name for field in fields(Run)] + [
 IMAGES = {"mnist": (60_000, 10_000), "cifar10": (50_000, 10_000), "mnist5k": (4_000, 1_000), "mnistm5k": (4_000, 1_000)}
 """How many there are to train on, and to test on."""
 STEP_COST = {"mlp": 1.0, "cnn": 45.0}
-GUIDED_COST = 1.3
+GUIDED_COST = 0.3
+"""What guidance adds to a step."""
 FORWARD_COST = 1 / 3
 """Scoring an image, in steps on it."""
 
@@ -338,7 +339,7 @@ def sweep(
 def cost(run: Run) -> float:
     """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left."""
     images, tested = IMAGES[run.dataset]
-    trained = images * run.fraction * run.epochs * (GUIDED_COST if run.factor else 1.0)
+    trained = images * run.fraction * run.epochs * (1 + GUIDED_COST / run.every * bool(run.factor))
     batches = images * run.fraction / run.batch_size
     looks = run.epochs * batches / max(1, run.window * batches) if run.monitor else 0  # each about as dear as a test
     return (trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000

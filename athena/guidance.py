@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from athena.layers import Affine, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
-from athena.relevance import RuleFor, Target, as_choice, propagate, start_down
+from athena.relevance import RuleFor, Target, as_choice, relevances, start_down
 from athena.rules import Epsilon
 
 __all__ = ["DivergedError", "Guidance"]
@@ -34,7 +34,7 @@ class DivergedError(ArithmeticError):
     """Scaling by relevance has made a gradient infinite or not a number.
 
     Attributes:
-        step: the guided step, counted from 1.
+        step: the forward pass, counted from 1 as `Guidance.step` counts.
         layer: the module path of the uppermost layer whose scaled gradient is not finite.
     """
 
@@ -49,8 +49,8 @@ class DivergedError(ArithmeticError):
 class Guidance:
     """Guides the training of `model` by relevance from now on, until `remove` or the end of a ``with`` block.
 
-    It acts on forward passes in training mode with gradients enabled. A pass in eval mode or under ``no_grad``, and
-    one whose factors are all 0, is exactly the model's own.
+    It acts on forward passes in training mode with gradients enabled. A pass in eval mode or under ``no_grad``, one
+    whose factors are all 0, and one that `every` leaves out, is exactly the model's own.
 
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
@@ -69,10 +69,11 @@ class Guidance:
             mean over the batch.
         on_divergence: ``"raise"`` a `DivergedError` out of the backward pass, before the optimiser can take the step,
             or ``"record"`` the first one in `diverged` and go on.
+        every: guide one forward pass in so many, from the first on. What guidance costs falls in the same proportion.
 
     Attributes:
         labels: (batch,) class indices for the next forward pass, with ``target="label"``; used up by it.
-        step: how many forward passes have been guided.
+        step: how many forward passes there have been that it acts on, those that `every` leaves out among them.
         diverged: the `DivergedError` recorded, or None.
 
     Raises:
@@ -89,12 +90,14 @@ class Guidance:
         normalise: str | None = None,
         granularity: str = "sample",
         on_divergence: str = "raise",
+        every: int = 1,
     ) -> None:
         _one_of("normalise", normalise, NORMALISE)
         _one_of("granularity", granularity, GRANULARITY)
         _one_of("on_divergence", on_divergence, ("raise", "record"))
         self.model, self.factor, self.rule, self.scope, self.target = model, factor, as_choice(rule), scope, target
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
+        self.every = every
         self._paths = Paths(model)
         self._check()
         self.labels: Tensor | None = None
@@ -123,6 +126,8 @@ class Guidance:
         for path, factor in factors.items():
             if not isinstance(factor, int | float) or not math.isfinite(factor):
                 raise TypeError(f"factor{f' of {path!r}' if path else ''} is {factor!r}; give a finite number")
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"every={self.every!r}: give a whole number of forward passes, at least 1")
         if isinstance(self.target, str):
             _one_of("target", self.target, ("softmax", "logits", "label"))
         paths = set(factors) - {""}
@@ -149,9 +154,13 @@ class Guidance:
         return bool(self.factor)
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if model.training and torch.is_grad_enabled() and self._pass is None and self._guides():
-            self._pass = Interception(self._paths, self.rule, self._factor_at)
-            self._pass.__enter__()
+        if not (model.training and torch.is_grad_enabled() and self._pass is None and self._guides()):
+            return
+        if self.step % self.every:
+            self.step, self.labels = self.step + 1, None
+            return
+        self._pass = Interception(self._paths, self.rule, self._factor_at)
+        self._pass.__enter__()
 
     def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
         interception, self._pass = self._pass, None
@@ -164,7 +173,7 @@ class Guidance:
 
     def _guide(self, interception: Interception, output: Tensor) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
-        starts = [(output, start_down(output, self._target()))]
+        d = start_down(output, self._target())
         layers = [
             (record, edge)
             for record, edge in zip(interception.records, interception.edges, strict=True)
@@ -177,12 +186,11 @@ class Guidance:
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
-        ds = list(propagate(starts, [edge for _, edge in guided], interception, keep_graph=True))
-        watch = _Watch(self, {record.path for (record, _), d in zip(guided, ds, strict=True) if d is not None})
-        for place, (record, _) in enumerate(guided):
-            d, ds[place] = ds[place], None  # one at a time, so that d and z go as their product comes
-            if d is not None:
-                record.scale = functools.partial(watch.scale, self._shaped(record.z * d), record.factor, record.path)
+        watch = _Watch(self)
+        for (record, _), relevance in zip(guided, relevances(output, d, guided, interception), strict=True):
+            if relevance is not None:
+                watch.paths.add(record.path)
+                record.scale = functools.partial(watch.scale, self._shaped(relevance), record.factor, record.path)
             record.forget()
         for remembered in interception.records:
             remembered.forget()
@@ -207,8 +215,9 @@ class Guidance:
 class _Watch:
     """Scales the gradients of one backward pass, and looks once, at its end, whether all of them are finite."""
 
-    def __init__(self, guidance: Guidance, paths: set[str]) -> None:
-        self.guidance, self.step, self.paths = guidance, guidance.step, paths
+    def __init__(self, guidance: Guidance) -> None:
+        self.guidance, self.step = guidance, guidance.step
+        self.paths: set[str] = set()
         self.sums: dict[str, tuple[float, Tensor]] = {}
 
     def scale(self, relevance: Tensor, factor: float, path: str, gradient: Tensor) -> Tensor:

@@ -163,8 +163,11 @@ class Record:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
 
-    def below(self, d: Tensor) -> Tensor | None:
-        """The ``d`` of the input, worked out without the graph; None where that is left to the graph."""
+    def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
+        """The ``d`` of the input, worked out under ``no_grad``; None where that is left to the graph.
+
+        `relevance` is that of `z`, where it is known.
+        """
         return None
 
     def attach(self, node: Any) -> None:
@@ -1128,11 +1131,11 @@ class Affine(Record):
         """See `Record.stabilises`."""
         return self.rule.stabiliser > 0
 
-    def below(self, d: Tensor) -> Tensor | None:
+    def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
         """See `Record.below`."""
         if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
             return None
-        return self.share(d) @ self.weight.detach()
+        return self.share(d, relevance) @ self.weight
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""
@@ -1148,10 +1151,12 @@ class Affine(Record):
             return (self.share(gradient),)
         return None if self.scale is None else (self.scale(gradient),)
 
-    def share(self, d: Tensor) -> Tensor:
-        """``s = d z / (z + epsilon sign z)``."""
+    def share(self, d: Tensor, relevance: Tensor | None = None) -> Tensor:
+        """``s = d z / (z + epsilon sign z)``; `relevance` is ``d z``, where it is known."""
         if self.rule.stabiliser == 0:
             return d
+        if relevance is not None and self.rectified:  # z is at least 0
+            return relevance / (self.z + self.rule.stabiliser)
         size = self.z if self.rectified else self.z.abs()
         if self.phase.absolute:
             size = nonzero(size)

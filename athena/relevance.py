@@ -230,8 +230,6 @@ def propagate(
     outputs, ds = [output for output, _ in starts], [d for _, d in starts]
     interception.note(outputs)
     interception.check()
-    if keep_graph and (found := _along_chain(outputs[0], ds[0], edges, interception)):
-        return found
     for record, edge in zip(interception.records, interception.edges, strict=True):
         record.attach(edge.node)
     interception.phase.relevance = True
@@ -241,10 +239,28 @@ def propagate(
         interception.phase.relevance = False
 
 
+def relevances(
+    output: Tensor, d: Tensor, layers: Sequence[tuple[Record, GradientEdge]], interception: Interception
+) -> Iterator[Tensor | None]:
+    """The relevance of `layers` in training, records with their edges, or None where none came; the graph stays.
+
+    One at a time, so that what each is the product of can go as it comes.
+    """
+    edges = [edge for _, edge in layers]
+    found = _along_chain(output, d, edges, interception)
+    if found is not None:
+        yield from found
+        return
+    ds = list(propagate([(output, d)], edges, interception, keep_graph=True))
+    for place, (record, _) in enumerate(layers):
+        arrived, ds[place] = ds[place], None
+        yield None if arrived is None else record.z * arrived
+
+
 def _along_chain(
     output: Tensor, d: Tensor, edges: Sequence[GradientEdge], interception: Interception
-) -> tuple[Tensor, ...] | None:
-    """As `propagate`, where only linear layers and what passes ``d`` on follow one another down to `edges`; else None.
+) -> list[Tensor] | None:
+    """As `relevances`, where only linear layers and what passes ``d`` on follow one another down to `edges`; else None.
 
     It does without the engine, a second run of which costs a small network as much as the arithmetic of relevance.
     """
@@ -252,17 +268,20 @@ def _along_chain(
     goals = {edge.node: record for edge, record in zip(edges, records, strict=True) if record is not None}
     if len(goals) < len(edges) or any(record.layer is not LinearLRP for record in goals.values()):
         return None
+    interception.note([output])
+    interception.check()
     found: dict[Any, Tensor] = {}
     node: Any = output.grad_fn
     with torch.no_grad():
         while True:
+            relevance = None
             if node in goals:
-                found[node] = d
+                relevance = found[node] = goals[node].z * d
                 if len(found) == len(goals):
                     break
             if node in interception.affine:
                 place, a = interception.affine[node]
-                below, node = interception.records[place].below(d), a.grad_fn
+                below, node = interception.records[place].below(d, relevance), a.grad_fn
                 if below is None:
                     return None
                 d = below
@@ -281,7 +300,7 @@ def _along_chain(
                 return None
     for node, record in goals.items():
         record.attach(node)
-    return tuple(found[edge.node] for edge in edges)
+    return [found[edge.node] for edge in edges]
 
 
 def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:

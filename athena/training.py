@@ -52,8 +52,11 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "window": (float, 0.0),
     "patience": (float, 0.0),
     "threads": (int, 1),
+    "every": (int, 1),
 }
 """The fields that are numbers: of which kind, and not below what."""
+SINCE: dict[str, Any] = {"every": 1}
+"""Fields that came after the first results, with the value that all runs had before."""
 ONE_AT_A_TIME = threading.Lock()
 """Random state and thread count belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
 
@@ -80,6 +83,7 @@ class Run:
             grow with the data, as in the thesis, which names no number.
         restore_best: whether the weights of the best look are put back at the end.
         threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
+        every: as for `athena.Guidance`: of so many steps one is guided.
     """
 
     model: str = "mlp"
@@ -101,6 +105,7 @@ class Run:
     patience: float = 0.5
     restore_best: bool = True
     threads: int = 1
+    every: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -128,7 +133,11 @@ class Run:
     @property
     def key(self) -> str:
         """16 hex digits that tell this run from any other, the same on every machine."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        values = asdict(self)
+        for name, before in SINCE.items():  # so that what was measured before there was the field keeps its key
+            if values[name] == before:
+                del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,7 @@ class _Loop:
             normalise=run.normalise,
             granularity=run.granularity,
             on_divergence="record",
+            every=run.every,
         )
         if not run.factor:
             self.guidance.remove()  # plain training pays for no hook

@@ -423,6 +423,32 @@ def test_a_graph_kept_for_a_second_backward_pass_is_guided_again() -> None:
     close({name: p.grad for name, p in model.named_parameters()}, {name: 2 * g for name, g in once.items()})
 
 
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_of_so_many_forward_passes_the_first_is_guided_and_the_rest_are_plain(every: int) -> None:
+    model = narrow_cnn()
+    x, labels = batch(model)
+    guided, plain = gradients(model, x, labels, factor=0.7), gradients(model, x, labels)
+    differ(guided, plain)
+    with athena.Guidance(model, factor=0.7, every=every) as guidance:
+        for step in range(7):
+            model.eval()(x)  # does not count
+            model.train().zero_grad()
+            F.cross_entropy(model(x), labels).backward()
+            equal({name: p.grad for name, p in model.named_parameters()}, plain if step % every else guided)
+            assert guidance.step == step + 1
+
+
+def test_labels_of_a_forward_pass_that_is_left_out_do_not_reach_the_next() -> None:
+    model = narrow_mlp()
+    x, labels = batch(model)
+    guidance = athena.Guidance(model, target="label", every=2)
+    for _ in range(2):
+        guidance.labels = labels
+        model(x)
+    with pytest.raises(RuntimeError, match=r"guidance\.labels"):
+        model(x)
+
+
 def test_autograd_grad_is_guided_like_backward() -> None:
     model = narrow_mlp()
     x, labels = batch(model)
@@ -765,6 +791,8 @@ def test_what_lrp_cannot_pass_above_a_guided_layer_is_refused_by_module_path(sco
         ({"normalise": "l2"}, ["l2", "max", "rms"]),
         ({"granularity": "pixel"}, ["pixel", "sample", "neuron"]),
         ({"on_divergence": "ignore"}, ["ignore", "raise", "record"]),
+        ({"every": 0}, ["every=0", "at least 1"]),
+        ({"every": 1.5}, ["every=1.5", "whole"]),
         ({"rule": "epsilon"}, ["epsilon"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

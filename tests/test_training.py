@@ -167,6 +167,7 @@ def test_plain_and_guided_share_initial_weights_subset_and_order_of_batches() ->
         {"target": "softmax", "scope": "all", "rule": "Gamma(0.25)"},
         {"target": "label", "normalise": "max"},
         {"target": "logits", "scope": ("linear1",), "granularity": "neuron"},
+        {"target": "label", "every": 2},
     ],
 )
 def test_with_factor_0_nothing_of_guidance_changes_a_bit(guidance: dict[str, Any]) -> None:
@@ -242,6 +243,7 @@ OTHER_VALUES: dict[str, Any] = {
     "patience": 0.1,
     "restore_best": False,
     "threads": 2,
+    "every": 3,
 }
 
 
@@ -277,7 +279,7 @@ def test_one_run_written_in_several_ways_has_one_key() -> None:
         pytest.param({"rule": rule}, {"rule": other}, id=rule)
         for rule, other in [("Epsilon(1)", "Epsilon(1.0)"), ("Gamma(1)", "Gamma(1.0)"), ("Zero", "Zero()")]
     ]
-    + [pytest.param({name: 2}, {name: 2.0}, id=name) for name in ("epochs", "seed", "batch_size", "threads")],
+    + [pytest.param({name: 2}, {name: 2.0}, id=name) for name in ("epochs", "seed", "batch_size", "threads", "every")],
 )
 def test_whole_numbers_and_floats_are_one_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert Run(**one).key == Run(**other).key
@@ -305,6 +307,8 @@ def test_whole_numbers_and_floats_are_one_run(one: dict[str, Any], other: dict[s
         ("batch_size", 0),
         ("batch_size", 1.5),
         ("threads", 0),
+        ("every", 0),
+        ("every", 1.5),
         ("seed", "zero"),
         ("seed", 0.5),
         ("factor", float("nan")),
