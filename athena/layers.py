@@ -164,7 +164,7 @@ class Record:
         return d, None
 
     def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
-        """The ``d`` of the input, worked out under ``no_grad``; None where that is left to the graph.
+        """The ``d`` of the input, worked out without the graph; None where that is left to the graph.
 
         `relevance` is that of `z`, where it is known.
         """
@@ -1135,7 +1135,7 @@ class Affine(Record):
         """See `Record.below`."""
         if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
             return None
-        return self.share(d, relevance) @ self.weight
+        return self.share(d, relevance) @ self.weight.detach()
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""

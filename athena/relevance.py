@@ -272,32 +272,32 @@ def _along_chain(
     interception.check()
     found: dict[Any, Tensor] = {}
     node: Any = output.grad_fn
-    with torch.no_grad():
-        while True:
-            relevance = None
-            if node in goals:
-                relevance = found[node] = goals[node].z * d
-                if len(found) == len(goals):
-                    break
-            if node in interception.affine:
-                place, a = interception.affine[node]
-                below, node = interception.records[place].below(d, relevance), a.grad_fn
-                if below is None:
-                    return None
-                d = below
-            elif node in interception.passing:
-                ways = [(place, lower) for place, (lower, _) in enumerate(node.next_functions) if lower is not None]
-                if len(ways) != 1:
-                    return None
-                ((way, lower),) = ways
-                record, last = interception.record_of(lower), len(found) == len(goals) - 1
-                # a ReLU lets nothing through at 0, but there nothing is borne, nor goes any further
-                if not (record is not None and record.rectified and (record.stabilises or (last and lower in goals))):
-                    of_operands = node(d)
-                    d = of_operands if isinstance(of_operands, Tensor) else of_operands[way]
-                node = lower
-            else:
+    while True:
+        relevance = None
+        if node in goals:
+            relevance = found[node] = goals[node].z * d
+            if len(found) == len(goals):
+                break
+        if node in interception.affine:
+            place, a = interception.affine[node]
+            below, node = interception.records[place].below(d, relevance), a.grad_fn
+            if below is None:
                 return None
+            d = below
+        elif node in interception.passing:
+            ways = [(place, lower) for place, (lower, _) in enumerate(node.next_functions) if lower is not None]
+            if len(ways) != 1:
+                return None
+            ((way, lower),) = ways
+            record, last = interception.record_of(lower), len(found) == len(goals) - 1
+            # a ReLU lets nothing through at 0, but there nothing is borne, nor goes any further
+            if not (record is not None and record.rectified and (record.stabilises or (last and lower in goals))):
+                with torch.no_grad():
+                    of_operands = node(d)
+                d = of_operands if isinstance(of_operands, Tensor) else of_operands[way]
+            node = lower
+        else:
+            return None
     for node, record in goals.items():
         record.attach(node)
     return [found[edge.node] for edge in edges]

@@ -4,8 +4,9 @@
 
 All arms of a network take their steps in turn in one process, in an order drawn anew for each round, so that whatever
 else the machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). A step is forward, loss,
-backward and fused Adam on 64 random images. Nothing here tests the package; the third arm, `Literal`, is checked
-against the formulas in tests/test_guidance.py.
+backward and fused Adam on 64 random images. The column `thesis/it`: how many times as long the thesis's manner takes.
+Nothing here tests the package; the thesis's manner, `Literal`, is checked against the formulas in
+tests/test_guidance.py.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from athena.models import cnn, mlp
 from athena.rules import Epsilon, Rule, Zero
 
 BATCH = 64
-WARM_UP = 3
+WARM_UP = 4
 
 # The thesis's manner (6.1.4, 6.1.5): one autograd function for each layer, which saves input, weight and bias, computes
 # its output once more in the backward pass to apply the rule, and hands relevance on through a global cache.
@@ -182,14 +183,31 @@ class Literal(nn.Module):
 
 
 class Arm:
-    """One way to train: its own copy of the network, its own Adam, the seconds of each of its steps."""
+    """One way to train: its own copy of the network, its own Adam, the seconds of each of its steps.
 
-    def __init__(self, name: str, network: nn.Sequential, wrap: Callable[[nn.Sequential], nn.Module]) -> None:
-        self.name, network = name, copy.deepcopy(network)
+    Attributes:
+        every: of so many steps in a row one is guided, so that times are means over as many.
+        rival: the arm that does the same in the thesis's manner, or None.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Sequential, wrap: Callable[[nn.Sequential], nn.Module], every: int = 1
+    ) -> None:
+        self.name, self.every, network = name, every, copy.deepcopy(network)
         self.model = wrap(network)
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
         self.seconds: list[float] = []
         self.bytes = 0
+        self.rival: Arm | None = None
+
+    def times(self, every: int) -> list[float]:
+        """Seconds a step, by `every` steps in a row."""
+        return [statistics.mean(part) for part in zip(*[iter(self.seconds)] * every, strict=False)]
+
+    def ratio(self, other: "Arm") -> float:
+        """How many times as long as the other's its steps take: the median over rounds of the same."""
+        every = max(self.every, other.every)
+        return statistics.median(a / b for a, b in zip(self.times(every), other.times(every), strict=True))
 
     def step(self, x: Tensor, labels: Tensor) -> None:
         """One timed training step."""
@@ -210,38 +228,69 @@ class Arm:
         _relevance_cache.clear()
 
 
-def guided(scope: str, rule: Rule) -> Callable[[nn.Sequential], nn.Module]:
-    def wrap(network: nn.Sequential) -> nn.Module:
-        athena.Guidance(network, factor=0.1, scope=scope, rule=rule)
+class Case(NamedTuple):
+    """One guidance that is measured."""
+
+    scope: str
+    rule: Rule
+    every: int = 1
+
+    def guided(self, network: nn.Sequential) -> nn.Module:
+        """The network, guided by ATHENA."""
+        athena.Guidance(network, factor=0.1, scope=self.scope, rule=self.rule, every=self.every)
         return network
 
-    return wrap
+    def literal(self, network: nn.Sequential) -> nn.Module:
+        """The network, guided in the thesis's manner, which is in every step."""
+        return Literal(network, self.scope, factor=0.1, epsilon=self.rule.stabiliser)
+
+    def __str__(self) -> str:
+        """As the table names it."""
+        return f"{self.scope}, {self.rule}" + (f", 1 step in {self.every}" if self.every > 1 else "")
 
 
-def literal(scope: str, rule: Rule) -> Callable[[nn.Sequential], nn.Module]:
-    return lambda network: Literal(network, scope, factor=0.1, epsilon=rule.stabiliser)
+class Network(NamedTuple):
+    """A network to measure: how it is built, its input's channels, its cases, and how many steps stand for one."""
+
+    build: Callable[[], nn.Sequential]
+    channels: int
+    cases: tuple[Case, ...]
+    steps: int
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], int, list[tuple[str, Rule]]]] = {
-    "MLP": (mlp, 1, [("all", Zero()), ("all", Epsilon(1e-6))]),
-    "CNN": (cnn, 3, [("linear", Epsilon(1e-6)), ("all", Zero()), ("all", Epsilon(1e-6))]),
+NETWORKS = {
+    "MLP": Network(mlp, 1, (Case("all", Zero()), Case("all", Epsilon(1e-6))), 10),
+    "CNN": Network(
+        cnn,
+        3,
+        (
+            *(Case("linear", Epsilon(1e-6)), Case("all", Zero()), Case("all", Epsilon(1e-6))),
+            *(Case("all", Epsilon(1e-6), 2), Case("all", Epsilon(1e-6), 4)),
+        ),
+        1,
+    ),
 }
-"""The networks, their input's channels, and the guidance that is measured on them."""
 
 
 def arms_of(title: str, device: str) -> list[Arm]:
     torch.manual_seed(0)
-    build, _, cases = NETWORKS[title]
+    build, _, cases, _ = NETWORKS[title]
     network = build().to(device)
     arms = [Arm("plain PyTorch", network, lambda plain: plain)]
-    for scope, rule in cases:
-        arms.append(Arm(f"ATHENA, {scope}, {rule}", network, guided(scope, rule)))
-        arms.append(Arm(f"thesis's manner, {scope}, {rule}", network, literal(scope, rule)))
+    rivals: dict[tuple[str, Rule], Arm] = {}
+    for case in cases:
+        arm = Arm(f"ATHENA, {case}", network, case.guided, case.every)
+        what = case.scope, case.rule
+        arms.append(arm)
+        if what not in rivals:
+            rivals[what] = Arm(f"thesis's manner, {case}", network, case.literal)
+            arms.append(rivals[what])
+        arm.rival = rivals[what]
     return arms
 
 
 def batch(title: str, device: str) -> tuple[Tensor, Tensor]:
-    channels = NETWORKS[title][1]
+    channels = NETWORKS[title].channels
     return torch.randn(BATCH, channels, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
 
 
@@ -249,14 +298,16 @@ def peak_of(title: str, place: int, threads: int) -> int:
     """The bytes that one step adds to the resident size of this process, a fresh one."""
     torch.set_num_threads(threads)
     arm, (x, labels) = arms_of(title, "cpu")[place], batch(title, "cpu")
-    arm.step(x[:1], labels[:1])  # Adam's moments are there from now on
+    for _ in range(arm.every):  # Adam's moments are there from now on, and the next step is a guided one
+        arm.step(x[:1], labels[:1])
     return memory.added_by(lambda: arm.step(x, labels))
 
 
 def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
     arms = arms_of(title, device)
     order = random.Random(0)
-    for _ in range(WARM_UP + steps):
+    most = max(arm.every for arm in arms)
+    for _ in range(WARM_UP + -(-steps * NETWORKS[title].steps // most) * most):
         x, labels = batch(title, device)
         for arm in order.sample(arms, len(arms)):
             arm.step(x, labels)
@@ -270,17 +321,17 @@ def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
 def table(title: str, arms: list[Arm]) -> str:
     plain = arms[0]
     columns = f"{'MiB in step':>13}{'of plain':>10}" if plain.bytes else ""
-    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}" + columns]
+    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}{'thesis/it':>11}" + columns]
     for arm in arms:
-        ratio = statistics.median(own / other for own, other in zip(arm.seconds, plain.seconds, strict=True))
-        line = f"{arm.name:<44}{1000 * statistics.median(arm.seconds):>11.2f}{ratio:>10.2f}"
+        line = f"{arm.name:<44}{1000 * statistics.median(arm.times(arm.every)):>11.2f}{arm.ratio(plain):>10.2f}"
+        line += f"{arm.rival.ratio(arm):>11.2f}" if arm.rival else f"{'':>11}"
         lines.append(line + (f"{arm.bytes / 2**20:>13.1f}{arm.bytes / plain.bytes:>10.2f}" if plain.bytes else ""))
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of one guided training step.")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each arm")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of an arm of the CNN; of the MLP ten times")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
@@ -288,7 +339,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(
         f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, "
-        f"{options.steps} steps; median time, and median over rounds of the ratio to plain in the same round"
+        f"{options.steps} steps, of the MLP {NETWORKS['MLP'].steps} times as many; medians of times and ratios"
     )
     for title in NETWORKS:
         arms = measure(title, options.steps, options.threads, options.device)
