@@ -150,7 +150,7 @@ class Store:
         """What has been measured. A last line that was torn by a crash does not count.
 
         Raises:
-            StoreError: a line before the last cannot be read.
+            StoreError: a line before the last cannot be read, or is of a newer version of this package.
         """
         if not self.path.exists():
             return []
@@ -159,6 +159,12 @@ class Store:
         for number, text in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
                 line = json.loads(text)
+                newer = sorted(set(line["run"]) - {field.name for field in fields(Run)})
+                if newer:
+                    raise StoreError(
+                        f"{self.path}, line {number} is of a run with the field {newer[0]!r}, which this version of "
+                        "athena does not know: read the store with the version that wrote it"
+                    )
                 _run(line), line["accuracy"][-1], line["fingerprint"]
                 lines.append(line)
             except (IndexError, KeyError, TypeError, ValueError) as error:

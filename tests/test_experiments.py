@@ -243,6 +243,14 @@ def test_a_damaged_line_before_the_last_is_named(store: Store, fingerprint: str,
             read()
 
 
+def test_a_line_of_a_newer_version_is_not_called_damaged(store: Store, fingerprint: str) -> None:
+    line = line_of(TINY, fingerprint)
+    store.path.parent.mkdir()
+    store.path.write_text(json.dumps(line | {"run": line["run"] | {"momentum": 0.9}}) + "\n")
+    with pytest.raises(StoreError, match=r"s\.jsonl, line 1 .*'momentum'.* version that wrote it"):
+        store.runs()
+
+
 def test_two_writers_are_refused_and_the_first_goes_on(store: Store, fingerprint: str) -> None:
     with store.open() as append:
         with pytest.raises(StoreError, match=r"s\.jsonl is being written"), Store(store.path).open():
