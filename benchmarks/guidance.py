@@ -28,7 +28,7 @@ from athena.models import cnn, mlp
 from athena.rules import Epsilon, Rule, Zero
 
 BATCH = 64
-WARM_UP = 4
+WARM_UP = 3
 
 # The thesis's manner (6.1.4, 6.1.5): one autograd function for each layer, which saves input, weight and bias, computes
 # its output once more in the backward pass to apply the rule, and hands relevance on through a global cache.
