@@ -167,9 +167,13 @@ class Guidance:
         if interception is None:
             return
         interception.__exit__(None, None, None)
-        if output is not None:  # None: the forward pass itself has raised
-            self.step += 1
-            self._guide(interception, output)
+        try:
+            if output is not None:  # None: the forward pass itself has raised
+                self.step += 1
+                with torch.no_grad():
+                    self._guide(interception, output)
+        finally:
+            interception.forget()
 
     def _guide(self, interception: Interception, output: Tensor) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
@@ -192,8 +196,6 @@ class Guidance:
                 watch.paths.add(record.path)
                 record.scale = functools.partial(watch.scale, self._shaped(relevance), record.factor, record.path)
             record.forget()
-        for remembered in interception.records:
-            remembered.forget()
 
     def _target(self) -> Target:
         if not (isinstance(self.target, str) and self.target == "label"):

@@ -18,9 +18,11 @@ user's code stay as they are. Not here: what relevance to start from (`athena.re
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +90,7 @@ class Phase:
 
 
 class Kept:
-    """A tensor of the forward pass, remembered in the state it is in now, and from `check` on without its graph.
+    """A tensor of the forward pass, remembered in the state it is in now.
 
     Attributes:
         rectified: whether it is remembered as the ReLU's output: below 0 nothing comes down, and above it they are the
@@ -96,38 +98,45 @@ class Kept:
     """
 
     rectified = False
+    _address: int | None
 
     def __init__(self, tensor: Tensor, path: str) -> None:
-        self.path, self.value, self._version = path, tensor, tensor._version
+        self.path = path
+        self.take(tensor)
 
     def take(self, tensor: Tensor) -> None:
         """Remembers `tensor`, which shares its memory with the network's own."""
-        self.value, self._version = tensor, tensor._version
+        self.value, self._version, self._address = tensor, tensor._version, None
+
+    @property
+    def address(self) -> int:
+        """Where its memory is, which takes long to ask of a tensor."""
+        if self._address is None:
+            self._address = _address(self.value)
+        return self._address
 
     def copy(self) -> None:
         """Moves to memory of its own, before the network writes over it."""
         self.take(self.value.detach().clone())
 
     def check(self) -> None:
-        """Lets go of the graph.
-
-        Raises:
-            UnsupportedLayer: the tensor was written over without being seen.
-        """
+        """Raises `UnsupportedLayer` where the tensor was written over without being seen."""
         if self.value._version != self._version:
             raise UnsupportedLayer(
                 f"the output of {self.path!r} was changed in place in a way LRP cannot follow; change it out of place"
             )
-        self.value = self.value.detach()
 
 
 class Record:
-    """What an operation leaves behind in a forward pass. It holds no graph that could outlive it.
+    """What an operation leaves behind in a forward pass.
+
+    In training its `z` has the graph until `forget`, elsewhere until `Interception.check`: a node of the graph may hold
+    the record, and what holds one another so is never freed.
 
     Attributes:
         path: the module path, ``"features.0"``; a second use of the same weights is ``"features.0#2"``.
         layer: the LRP layer, a class of this module.
-        z: the output, without graph.
+        z: the output.
         bias: what is added to the output whatever the input is, in a shape that adds to ``z``, or None.
         scale: what guidance does to a gradient that reaches ``z``; None to leave it alone.
     """
@@ -141,7 +150,7 @@ class Record:
 
     @property
     def z(self) -> Tensor:
-        """The output, without graph."""
+        """The output."""
         assert self.kept is not None
         return self.kept.value
 
@@ -164,7 +173,7 @@ class Record:
         return d, None
 
     def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
-        """The ``d`` of the input, worked out without the graph; None where that is left to the graph.
+        """The ``d`` of the input, to be worked out under ``no_grad``; None where that is left to the graph.
 
         `relevance` is that of `z`, where it is known.
         """
@@ -333,6 +342,11 @@ class Interception(TorchFunctionMode):
         # What is kept of the outputs that no operation has read yet, or a ReLU alone, by the node that made them.
         self._fresh: dict[Any, Kept] = {}
 
+    def forget(self) -> None:
+        """Lets go of all outputs, where no relevance is to come any more."""
+        for record in self.records:
+            record.forget()
+
     @property
     def explains(self) -> bool:
         """Whether relevance itself is wanted, with its account, and no weight gradients."""
@@ -373,7 +387,8 @@ class Interception(TorchFunctionMode):
     @property
     def running(self) -> str:
         """The path of the innermost module on Python's stack; empty for the model itself."""
-        frame = inspect.currentframe()
+        # Not this frame: its locals would hold it, and it all that the forward pass has made.
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             path = self.paths.of_module.get(id(frame.f_locals.get("self")))
             if path is not None:
@@ -417,7 +432,10 @@ class Interception(TorchFunctionMode):
         return False
 
     def keep(self, tensor: Tensor, path: str) -> Kept:
-        """Remembers `tensor` as it is now."""
+        """Remembers `tensor` as it is now, without its graph."""
+        return self._remember(tensor.detach(), path)
+
+    def _remember(self, tensor: Tensor, path: str) -> Kept:
         kept = Kept(tensor, path)
         self._kept.append(kept)
         return kept
@@ -443,7 +461,7 @@ class Interception(TorchFunctionMode):
     def _followed(self, record: Record, z: Tensor) -> GradientEdge:
         """The place of `z` in the graph, after `record` has kept it."""
         node: Any = z.grad_fn
-        record.kept = self._fresh[node] = self.keep(z, record.path)
+        record.kept = self._fresh[node] = self._remember(z, record.path)
         return GradientEdge(node, z.output_nr)
 
     def listens(self) -> bool:
@@ -451,15 +469,20 @@ class Interception(TorchFunctionMode):
         return self.guided is None or bool(self.records)
 
     def check(self) -> None:
-        """Raises `UnsupportedLayer` where something that relevance needs was written over without being seen."""
+        """Raises `UnsupportedLayer` where something that relevance needs was written over without being seen.
+
+        Where relevance itself is wanted, which holds on to records, these let go of the graph.
+        """
         for kept in self._kept:
             kept.check()
+            if self.explains:
+                kept.value = kept.value.detach()
 
     def keep_what_is_written_over(self, tensors: Sequence[Tensor], rectified: Kept | None = None) -> None:
         """Copies what is remembered of `tensors`, but for `rectified`, before they are written to."""
         written = {_address(tensor) for tensor in tensors}
         for kept in self._kept:
-            if kept is not rectified and _address(kept.value) in written:
+            if kept is not rectified and kept.address in written:
                 kept.copy()
 
     def note(self, tensors: Sequence[Tensor], rectifies: bool = False) -> Kept | None:
@@ -606,7 +629,7 @@ class Sum(Record):
         record = cls(interception.within("sum"), layer, interception.phase, terms)
         record.kept = interception.keep(z, record.path)
         z = Fork.apply(z, None, record)
-        record.kept.take(z)
+        record.kept.take(z.detach())
         return z
 
 
@@ -1135,7 +1158,7 @@ class Affine(Record):
         """See `Record.below`."""
         if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
             return None
-        return self.share(d, relevance) @ self.weight.detach()
+        return self.share(d, relevance) @ self.weight
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""

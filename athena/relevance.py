@@ -150,7 +150,7 @@ def start(output: Any, target: Target) -> Any:
             shape = tuple(output.shape) if isinstance(output, Tensor) else "and structure"
             raise ValueError(f"target(output) gave {_described(relevance)}; it must have the output's shape {shape}")
         return mapped(relevance, Tensor.detach)
-    output = _logits(output)
+    output = _logits(output).detach()
     match target:
         case "softmax":
             return output.softmax(1)
@@ -175,7 +175,7 @@ def start_down(output: Any, target: Target) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    """The output without graph, checked."""
+    """The output, checked."""
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model returned {_described(output)}; LRP starts from one tensor (batch, classes). For several give "
@@ -186,7 +186,7 @@ def _logits(output: Any) -> Tensor:
             f"the model's output has shape {tuple(output.shape)}; for anything but (batch, classes) give target as a "
             "function from the output to its relevance"
         )
-    return output.detach()
+    return output
 
 
 def _each(relevance: Tensor, output: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def relevances(
 ) -> Iterator[Tensor | None]:
     """The relevance of `layers` in training, records with their edges, or None where none came; the graph stays.
 
-    One at a time, so that what each is the product of can go as it comes.
+    To be called under ``no_grad``. One at a time, so that what each is the product of can go as it comes.
     """
     edges = [edge for _, edge in layers]
     found = _along_chain(output, d, edges, interception)
@@ -292,8 +292,7 @@ def _along_chain(
             record, last = interception.record_of(lower), len(found) == len(goals) - 1
             # a ReLU lets nothing through at 0, but there nothing is borne, nor goes any further
             if not (record is not None and record.rectified and (record.stabilises or (last and lower in goals))):
-                with torch.no_grad():
-                    of_operands = node(d)
+                of_operands = node(d)
                 d = of_operands if isinstance(of_operands, Tensor) else of_operands[way]
             node = lower
         else:

@@ -567,10 +567,27 @@ def test_distributed_data_parallel_gives_the_same_gradients(tmp_path: Path) -> N
 # Graphs that are no chains
 
 
+def held_tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+LEFT_BEHIND = {
+    "chain": (narrow_cnn, Epsilon(1e-6)),
+    "rule with sums": (narrow_cnn, Gamma()),
+    "forks": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.GELU(), nn.LayerNorm(6), nn.Linear(6, 4)).double(),
+        Epsilon(1e-6),
+    ),
+}
+left_behind = pytest.mark.parametrize("case", LEFT_BEHIND)
+
+
+@left_behind
 @pytest.mark.parametrize("backward", [True, False])
-def test_no_step_leaves_memory_behind(backward: bool) -> None:
+def test_no_step_leaves_memory_behind(case: str, backward: bool) -> None:
     """Nothing is kept in a reference cycle, which on a GPU would hold memory until the garbage collector comes."""
-    model = narrow_cnn()
+    build, rule = LEFT_BEHIND[case]
+    model = build()
     x, labels = batch(model)
 
     def step() -> None:
@@ -579,20 +596,46 @@ def test_no_step_leaves_memory_behind(backward: bool) -> None:
             loss.backward()
             model.zero_grad()
 
-    def tensors() -> int:
-        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
-
-    with athena.Guidance(model, factor=0.7, scope="all"):
+    with athena.Guidance(model, factor=0.7, scope="all", rule=rule):
         step()
         gc.collect()
         gc.disable()
         try:
-            before = tensors()
+            before = held_tensors()
             for _ in range(5):
                 step()
-            assert tensors() == before
+            assert held_tensors() == before
         finally:
             gc.enable()
+
+
+@left_behind
+@pytest.mark.parametrize("at", ["forward pass", "relevance pass"])
+def test_no_step_that_fails_leaves_memory_behind(case: str, at: str) -> None:
+    """Cycles that run through the graph are hidden from the garbage collector, and would stay."""
+    build, rule = LEFT_BEHIND[case]
+    network = build()
+    x, _ = batch(network)
+    model = nn.Sequential(network, nn.Linear(4, 3).double())
+
+    def fail(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if at == "forward pass":
+            raise RuntimeError("out of order")
+        return output.cumsum(1)
+
+    model.register_forward_hook(fail)
+
+    def step() -> None:
+        with pytest.raises((RuntimeError, athena.UnsupportedLayer), match=r"out of order|cumsum"):
+            model(x)
+        gc.collect()
+
+    with athena.Guidance(model, factor=0.7, scope="all", rule=rule):
+        step()
+        before = held_tensors()
+        for _ in range(3):
+            step()
+        assert held_tensors() <= before
 
 
 class Residual(nn.Module):
