@@ -78,6 +78,7 @@ class Guidance:
 
     Raises:
         ValueError, TypeError: an argument is none of the above; the message names the value and what there is.
+        RuntimeError: the model, or a part of it, is guided already.
     """
 
     def __init__(
@@ -121,7 +122,14 @@ class Guidance:
         self.remove()
 
     def _check(self) -> None:
-        """Raises where factor, scope or target is not of the form documented."""
+        """Raises where factor, scope or target is not of the form documented, or the model is guided already."""
+        for path, module in self.model.named_modules():
+            owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+            if any(isinstance(owner, Guidance) for owner in owners):
+                raise RuntimeError(
+                    f"{f'the part {path!r} of ' if path else ''}this model is guided already, and a second guidance "
+                    "would scale its gradients twice: call remove() on the first, or give one a factor for each layer"
+                )
         factors = dict(self.factor) if isinstance(self.factor, Mapping) else {"": self.factor}
         for path, factor in factors.items():
             if not isinstance(factor, int | float) or not math.isfinite(factor):

@@ -822,6 +822,19 @@ def test_what_lrp_cannot_pass_above_a_guided_layer_is_refused_by_module_path(sco
 # Errors
 
 
+@pytest.mark.parametrize("path", ["", "head"])
+def test_a_model_that_is_guided_already_is_refused_until_that_is_removed(path: str) -> None:
+    """As where a notebook's cell is run again."""
+    model = narrow_cnn()
+    first = athena.Guidance(model.get_submodule(path))
+    before = hooks(model)
+    with pytest.raises(RuntimeError, match=f"{path}.*guided already.*remove"):
+        athena.Guidance(model)
+    assert hooks(model) == before
+    first.remove()
+    athena.Guidance(model).remove()
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
