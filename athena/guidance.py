@@ -203,7 +203,6 @@ class Guidance:
             if relevance is not None:
                 watch.paths.add(record.path)
                 record.scale = functools.partial(watch.scale, self._shaped(relevance), record.factor, record.path)
-            record.forget()
 
     def _target(self) -> Target:
         if not (isinstance(self.target, str) and self.target == "label"):

@@ -73,6 +73,10 @@ def nonzero(z: Tensor) -> Tensor:
     return torch.where(z.abs() < small.abs(), small, z)
 
 
+# Whether the backward pass that runs now was asked to ``retain_graph``.
+_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 class Phase:
     """Which way gradients travel through one forward graph just now, and what relevance looks like there.
 
@@ -130,15 +134,15 @@ class Kept:
 class Record:
     """What an operation leaves behind in a forward pass.
 
-    In training its `z` has the graph until `forget`, elsewhere until `Interception.check`: a node of the graph may hold
-    the record, and what holds one another so is never freed.
+    In training its `z` has the graph, until `Interception.forget`; elsewhere it loses it with `Interception.check`. A
+    node of the graph may hold the record, and what holds one another so is never freed.
 
     Attributes:
         path: the module path, ``"features.0"``; a second use of the same weights is ``"features.0#2"``.
         layer: the LRP layer, a class of this module.
         z: the output.
         bias: what is added to the output whatever the input is, in a shape that adds to ``z``, or None.
-        scale: what guidance does to a gradient that reaches ``z``; None to leave it alone.
+        scale: what guidance does to a gradient that reaches ``z``; None to leave it alone. See `guided`.
     """
 
     bias: Tensor | None = None
@@ -159,10 +163,6 @@ class Record:
         """Whether `z` is that of the ReLU above, at least 0."""
         return self.kept is not None and self.kept.rectified
 
-    def forget(self) -> None:
-        """Lets go of the output."""
-        self.kept = None
-
     @property
     def stabilises(self) -> bool:
         """Whether it sends on nothing from where `z` is 0."""
@@ -171,6 +171,15 @@ class Record:
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
+
+    def guided(self, gradient: Tensor) -> Tensor:
+        """The gradient that goes on into ``z``; what scales it is let go of where the graph frees what it has saved."""
+        scale = self.scale
+        if scale is None:
+            return gradient
+        if not _keeps_graph():
+            self.scale = None
+        return scale(gradient)
 
     def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
         """The ``d`` of the input, to be worked out under ``no_grad``; None where that is left to the graph.
@@ -202,7 +211,7 @@ class Fork(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         if not record.phase.relevance:
-            return gradient if record.scale is None else record.scale(gradient), None, None
+            return record.guided(gradient), None, None
         return *record.down(gradient), None
 
 
@@ -343,9 +352,10 @@ class Interception(TorchFunctionMode):
         self._fresh: dict[Any, Kept] = {}
 
     def forget(self) -> None:
-        """Lets go of all outputs, where no relevance is to come any more."""
-        for record in self.records:
-            record.forget()
+        """Lets go of all that is remembered, where no relevance is to come any more; the graph holds on to the rest."""
+        for kept in self._kept:
+            del kept.value
+        self._kept.clear()
 
     @property
     def explains(self) -> bool:
@@ -1172,7 +1182,7 @@ class Affine(Record):
             return None
         if self.phase.relevance:
             return (self.share(gradient),)
-        return None if self.scale is None else (self.scale(gradient),)
+        return None if self.scale is None else (self.guided(gradient),)
 
     def share(self, d: Tensor, relevance: Tensor | None = None) -> Tensor:
         """``s = d z / (z + epsilon sign z)``; `relevance` is ``d z``, where it is known."""

@@ -610,6 +610,30 @@ def test_no_step_leaves_memory_behind(case: str, backward: bool) -> None:
 
 
 @left_behind
+def test_a_loss_that_is_still_there_holds_no_more_than_without_guidance(case: str) -> None:
+    """In the usual loop it is, until the next forward pass has ended."""
+    build, rule = LEFT_BEHIND[case]
+    model = build()
+    x, labels = batch(model)
+
+    def held() -> int:
+        things = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+        memory = {thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes() for thing in things}
+        return sum(memory.values())
+
+    def held_by_loss() -> int:
+        before = held()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        model.zero_grad()
+        return held() - before
+
+    plainly = held_by_loss()
+    with athena.Guidance(model, factor=0.7, scope="all", rule=rule):
+        assert held_by_loss() == plainly
+
+
+@left_behind
 @pytest.mark.parametrize("at", ["forward pass", "relevance pass"])
 def test_no_step_that_fails_leaves_memory_behind(case: str, at: str) -> None:
     """Cycles that run through the graph are hidden from the garbage collector, and would stay."""
