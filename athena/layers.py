@@ -17,11 +17,11 @@ user's code stay as they are. Not here: what relevance to start from (`athena.re
 (`athena.guidance`).
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -345,6 +345,8 @@ class Interception(TorchFunctionMode):
         weights were themselves computed are not in it."""
         self.passing: set[Any] = set()
         """The graph nodes that pass relevance from their one operand on just as they pass the gradient."""
+        # The nodes that relevance is wanted from: of the sources, and of all outputs in the account.
+        self._goals: set[Any] = {get_gradient_edge(source).node for source in sources}
         self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
         self._kept: list[Kept] = []
@@ -421,11 +423,7 @@ class Interception(TorchFunctionMode):
         """Whether `value` is a tensor through which relevance can come down to the input or to a guided layer."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return False
-        if any(value is source for source in self.sources):
-            return True
-        goals: set[Any] = {edge.node for edge in self.edges}
-        goals.update(get_gradient_edge(source).node for source in self.sources)
-        return self._stands_on(value, goals)
+        return any(value is source for source in self.sources) or self._stands_on(value, self._goals)
 
     @staticmethod
     def _stands_on(tensor: Tensor, goals: set[Any]) -> bool:
@@ -471,6 +469,7 @@ class Interception(TorchFunctionMode):
     def _followed(self, record: Record, z: Tensor) -> GradientEdge:
         """The place of `z` in the graph, after `record` has kept it."""
         node: Any = z.grad_fn
+        self._goals.add(node)
         record.kept = self._fresh[node] = self._remember(z, record.path)
         return GradientEdge(node, z.output_nr)
 
@@ -880,7 +879,7 @@ class MultiheadAttentionLRP:
         """Calls the parts of `function`, which gives (output, weights or None) as `function` does."""
         if not interception.listens():
             return function(*args, **kwargs)
-        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound = _signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         for name in ("bias_k", "bias_v", "static_k", "static_v"):
@@ -1136,7 +1135,7 @@ class Affine(Record):
         bias = shift.view(channels if self.weight.dim() > 2 else -1)
         if self.bias is not None:
             bias = bias + self.bias * scale.view(bias.shape)
-        weight = self.weight * scale.view(shape)
+        weight = self.weight * scale.view(shape) if self.rule.asks_for_sums else self.weight  # nothing else looks at it
         what = self.function, weight, bias, self.rest, self.named
         merged = Affine(self.path, self.layer, self.phase, self.rule, *what, self.a)
         self.rule, self.a = Zero(), None
@@ -1149,11 +1148,11 @@ class Affine(Record):
         a, sums = self.a.value, self.rule.sums(self.a.value, self.weight, self.bias)
         assert sums is not None
         with torch.enable_grad():
-            inputs = self._joined(sums.inputs, self._channels).detach().requires_grad_()
+            inputs = _joined(sums.inputs, self._channels).detach().requires_grad_()
             joined = self._sums(inputs, sums)
         shares = self._shares(d, self._totals(joined, sums))
-        (down,) = torch.autograd.grad(joined, inputs, self._joined(shares.others, self._channels))
-        parts = self._parted(down, self._channels, len(sums.inputs))
+        (down,) = torch.autograd.grad(joined, inputs, _joined(shares.others, self._channels))
+        parts = down.chunk(len(sums.inputs), self._channels)
         if self.rule.absolute:
             relevance = sum(x * part for x, part in zip(sums.inputs, parts, strict=True))
             return shares.own, relevance / nonzero(a)
@@ -1204,7 +1203,7 @@ class Affine(Record):
             return bias, total - _total(self.z.double() * s)
         sums = self.rule.sums(self.a.value, self.weight, self.bias)
         assert sums is not None
-        totals = self._totals(self._sums(self._joined(sums.inputs, self._channels), sums), sums)
+        totals = self._totals(self._sums(_joined(sums.inputs, self._channels), sums), sums)
         own, others = self._shares(d, totals)
         bias = passed = 0.0
         if own is not None:
@@ -1219,16 +1218,20 @@ class Affine(Record):
         return self.rule.share(self.phase.of(self.z, d), self.z, totals)
 
     def _sums(self, inputs: Tensor, sums: Sums) -> Tensor:
-        """The sums without their biases, joined: one call of the layer's function."""
-        groups, transposed = self.groups, self.transposed
-        rows = [_joined(row, 0 if transposed else 1, groups if transposed else 1) for row in sums.weights]
-        weight = _joined(rows, 1 if transposed else 0, 1 if transposed else groups)
+        """The sums without their biases, joined: one call of the layer's function, or one for each term."""
+        if self.groups > 1:  # joined, each group would have channels more; PyTorch is slow with two to a group
+            parts = inputs.chunk(len(sums.inputs), self._channels)
+            rows = [zip(parts, row, strict=True) for row in sums.weights]
+            terms = [[self.function(part, w, None, *self.rest, **self.named) for part, w in row] for row in rows]
+            return _joined([functools.reduce(torch.add, row) for row in terms], self._channels)
+        outputs, of_inputs = (1, 0) if self.transposed else (0, 1)
+        weight = _joined([_joined(row, of_inputs) for row in sums.weights], outputs)
         joined: Tensor = self.function(inputs, weight, None, *self.rest, **self.named)
         return joined
 
     def _totals(self, joined: Tensor, sums: Sums) -> Sequence[Tensor]:
         """The sums one by one, in the same memory, which then has their biases."""
-        totals = self._parted(joined.detach(), self._channels, len(sums.weights))
+        totals = joined.detach().chunk(len(sums.weights), self._channels)
         return [total if bias is None else total.add_(bias) for total, bias in zip(totals, sums.biases, strict=True)]
 
     @property
@@ -1236,28 +1239,10 @@ class Affine(Record):
         """The dimension of the channels in ``a`` and ``z``, from the last one."""
         return 1 - self.weight.dim()
 
-    def _joined(self, tensors: Sequence[Tensor], dim: int) -> Tensor:
-        return _joined(tensors, dim, self.groups)
 
-    def _parted(self, tensor: Tensor, dim: int, parts: int) -> Sequence[Tensor]:
-        """The inverse of `_joined`."""
-        if parts == 1:
-            return [tensor]
-        groups = self.groups
-        if groups == 1:
-            return tensor.chunk(parts, dim)
-        split = tensor.unflatten(dim, (groups, parts, -1)).unbind(dim - 1)
-        return [part.flatten(dim - 1, dim) for part in split]
-
-
-def _joined(tensors: Sequence[Tensor], dim: int, groups: int) -> Tensor:
-    """Concatenated along `dim`, group by group."""
-    if len(tensors) == 1:
-        return tensors[0]
-    if groups == 1:
-        return torch.cat(list(tensors), dim)
-    dim = dim % tensors[0].dim()
-    return torch.cat([tensor.unflatten(dim, (groups, -1)) for tensor in tensors], dim + 1).flatten(dim, dim + 1)
+def _joined(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenated along `dim`."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 class AffineLRP:
@@ -1373,9 +1358,12 @@ def _address(tensor: Tensor) -> int:
         return 0
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What `function` was called with, by name, its defaults among it; its own name as ``"function"``."""
-    bound = inspect.signature(getattr(F, function.__name__)).bind(*args, **kwargs)
+    bound = _signature(getattr(F, function.__name__)).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.arguments | {"function": function.__name__}
 
@@ -1432,7 +1420,7 @@ class Operation(NamedTuple):
     inplace: int | None
 
 
-@cache
+@functools.cache
 def operation(function: Any) -> Operation:
     """What is known of `function`."""
     layer = LAYERS.get(function)
