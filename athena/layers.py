@@ -779,7 +779,7 @@ class Activation(Record):
         x, z = self.x.value, self.z
         if self.only_absolute and not self.phase.absolute:
             return d, None
-        d = d * nonzero(z) / nonzero(x) if self.phase.absolute else torch.where(x == 0, 0, d * z / x)
+        d = d * nonzero(z) / nonzero(x) if self.phase.absolute else (d * z).div_(x).masked_fill_(x == 0, 0)
         if self.measured is not None:
             self.measured.passed += _total(self.phase.of(x, d))
         return None, d
@@ -982,12 +982,14 @@ class Normalisation(Record):
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gradient of ``z`` had the deviation been a constant."""
         x = self.x.value.reshape(self.shape)
+        squares = (x - x.mean(self.dims, keepdim=True)).square_() if self.centred else x.square()
+        inverse = (squares.mean(self.dims, keepdim=True) + self.epsilon).rsqrt()
+        if self.weight is None:
+            s = d.reshape(self.shape) * inverse
+        else:
+            s = (d * self.weight).reshape(self.shape).mul_(inverse)
         if self.centred:
-            x = x - x.mean(self.dims, keepdim=True)
-        s = (d if self.weight is None else d * self.weight).reshape(self.shape)
-        s = s * (x.square().mean(self.dims, keepdim=True) + self.epsilon).rsqrt()
-        if self.centred:
-            s = s - s.mean(self.dims, keepdim=True)
+            s = s.sub_(s.mean(self.dims, keepdim=True))
         return None, s.reshape(d.shape)
 
 
