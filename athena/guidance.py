@@ -15,8 +15,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.layers import Affine, ConvolutionalLRP, Interception, LinearLRP, Paths, UnsupportedLayer, stabilised
-from athena.relevance import RuleFor, Target, as_choice, relevances, start_down
+from athena.layers import (
+    Affine,
+    ConvolutionalLRP,
+    Interception,
+    LinearLRP,
+    Paths,
+    UnsupportedLayer,
+    stabilised,
+    tensors_in,
+)
+from athena.relevance import RuleFor, Target, as_choice, relevances, starts_down
 from athena.rules import Epsilon
 
 __all__ = ["DivergedError", "Guidance"]
@@ -56,7 +65,8 @@ class Guidance:
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
 
     Args:
-        model: the network, which maps a batch to (batch, classes). Its parameters and its code stay as they are.
+        model: the network, which maps a batch to (batch, classes), or with a function as `target` to whatever that
+            takes. Its parameters and its code stay as they are.
         factor: the LRP factor, lambda in thesis 6.1.2. One number, or ``{module path: number}``, whose keys are then
             the guided layers. Negative numbers damp what is relevant.
         rule: as for `athena.lrp`.
@@ -183,15 +193,15 @@ class Guidance:
         finally:
             interception.forget()
 
-    def _guide(self, interception: Interception, output: Tensor) -> None:
+    def _guide(self, interception: Interception, output: Any) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
-        d = start_down(output, self._target())
+        starts = starts_down(output, self._target())
         layers = [
             (record, edge)
             for record, edge in zip(interception.records, interception.edges, strict=True)
             if isinstance(record, Affine)
         ]
-        makers = _makers_of(output, {edge.node for _, edge in layers})
+        makers = _makers_of(tensors_in(output), {edge.node for _, edge in layers})
         guided = [(record, edge) for record, edge in layers if record.factor and edge.node not in makers]
         if not guided:
             raise UnsupportedLayer(
@@ -199,7 +209,7 @@ class Guidance:
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
         watch = _Watch(self)
-        for (record, _), relevance in zip(guided, relevances(output, d, guided, interception), strict=True):
+        for (record, _), relevance in zip(guided, relevances(starts, guided, interception), strict=True):
             if relevance is not None:
                 watch.paths.add(record.path)
                 record.scale = functools.partial(watch.scale, self._shaped(relevance), record.factor, record.path)
@@ -250,11 +260,11 @@ class _Watch:
         self.guidance.diverged = self.guidance.diverged or error
 
 
-def _makers_of(output: Tensor, layers: set[Any]) -> set[Any]:
-    """Those of the graph nodes `layers` that make the output: it reaches them without passing another one."""
+def _makers_of(outputs: Sequence[Tensor], layers: set[Any]) -> set[Any]:
+    """Those of the graph nodes `layers` that make an output: it reaches them without passing another one."""
     makers: set[Any] = set()
     seen: set[Any] = set()
-    ahead = [output.grad_fn]
+    ahead: list[Any] = [output.grad_fn for output in outputs]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:

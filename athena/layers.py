@@ -372,15 +372,15 @@ class Interception(TorchFunctionMode):
         layer = known.layer
         if self.guided is not None and not self.records:  # before all that is guided, where no relevance comes
             out = layer.run(self, function, args, kwargs) if layer in AFFINE else function(*args, **kwargs)
-            self._known.update(tensor.grad_fn for tensor in _tensors(out))
+            self._known.update(tensor.grad_fn for tensor in tensors_in(out))
             return out
-        operands = _tensors(*args, *kwargs.values())
+        operands = tensors_in(*args, *kwargs.values())
         rectified = self.note(operands, known.rectifies)
         if known.inplace is not None and self._kept and _writes_in_place(known.inplace, args, kwargs):
             self.keep_what_is_written_over(operands, rectified)
         if layer is None:
             out = function(*args, **kwargs)
-            for tensor in _tensors(out):
+            for tensor in tensors_in(out):
                 if tensor.grad_fn not in self._known:
                     self._refuse(tensor.grad_fn, repr(getattr(function, "__name__", function)))
             return out
@@ -393,7 +393,7 @@ class Interception(TorchFunctionMode):
             if known.passes and not self.absolute:
                 self.passing.add(out.grad_fn)
         else:
-            self._known.update(tensor.grad_fn for tensor in _tensors(out))
+            self._known.update(tensor.grad_fn for tensor in tensors_in(out))
         return out
 
     @property
@@ -607,7 +607,7 @@ class ConcatenationLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, and takes the account of its constants where relevance is explained."""
-        parts = _tensors(*args, *kwargs.values())
+        parts = tensors_in(*args, *kwargs.values())
         constant = function in PADDING and not (kwargs.get("value") or (len(args) > 3 and args[3]))
         constant = not constant and (function in FILLING or any(not interception.carries(part) for part in parts))
         if not (constant and interception.explains):
@@ -710,7 +710,7 @@ class ProductLRP:
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
-        factors = [factor for factor in _tensors(*args, *kwargs.values()) if interception.carries(factor)]
+        factors = [factor for factor in tensors_in(*args, *kwargs.values()) if interception.carries(factor)]
         if len(factors) < 2 or not interception.listens():
             return function(*args, **kwargs)
         share, measured = 1 / len(factors), None
@@ -1384,22 +1384,23 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, tuple | list):
-        return type(value)([mapped(item, change) for item in value])
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {name: mapped(item, change) for name, item in value.items()}
     return value
 
 
-def _tensors(*values: Any) -> list[Tensor]:
+def tensors_in(*values: Any) -> list[Tensor]:
     """The tensors in `values`, however deep."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, SEQUENCE):
-            found += _tensors(*value)
+            found += tensors_in(*value)
         elif isinstance(value, dict):
-            found += _tensors(*value.values())
+            found += tensors_in(*value.values())
     return found
 
 

@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from athena.layers import AffineLRP, Interception, LinearLRP, Paths, Phase, Record, RuleChoice, UnsupportedLayer, mapped
+from athena.layers import (
+    AffineLRP,
+    Interception,
+    LinearLRP,
+    Paths,
+    Phase,
+    Record,
+    RuleChoice,
+    UnsupportedLayer,
+    mapped,
+    tensors_in,
+)
 from athena.rules import Epsilon, Preset, Rule
 
 __all__ = ["Relevance", "lrp", "start"]
@@ -149,6 +160,8 @@ def start(output: Any, target: Target) -> Any:
         if relevance is None or not _alike(relevance, output):
             shape = tuple(output.shape) if isinstance(output, Tensor) else "and structure"
             raise ValueError(f"target(output) gave {_described(relevance)}; it must have the output's shape {shape}")
+        if not _pairs(output, relevance):
+            raise ValueError("target(output) gave None for all that the model returned; relevance has nowhere to start")
         return mapped(relevance, Tensor.detach)
     output = _logits(output).detach()
     match target:
@@ -162,16 +175,16 @@ def start(output: Any, target: Target) -> Any:
     return torch.zeros_like(output).scatter_(1, chosen, output.gather(1, chosen))
 
 
-def start_down(output: Any, target: Target) -> Tensor:
-    """The ``d`` that relevance starts down with from an output (batch, classes): `start` over the output, and 0 at 0.
+def starts_down(output: Any, target: Target) -> list[tuple[Tensor, Tensor]]:
+    """Each output tensor that `start` gives relevance, with the ``d`` it starts down with: that over it, and 0 at 0.
 
     Raises:
         TypeError, ValueError: as `start`.
     """
     if callable(target) or isinstance(target, str):
-        return _each(start(output, target), output)
+        return [(part, _each(relevance, part)) for part, relevance in _pairs(output, start(output, target))]
     output = _logits(output)
-    return torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output)
+    return [(output, torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output))]
 
 
 def _logits(output: Any) -> Tensor:
@@ -240,18 +253,18 @@ def propagate(
 
 
 def relevances(
-    output: Tensor, d: Tensor, layers: Sequence[tuple[Record, GradientEdge]], interception: Interception
+    starts: Sequence[tuple[Tensor, Tensor]], layers: Sequence[tuple[Record, GradientEdge]], interception: Interception
 ) -> Iterator[Tensor | None]:
     """The relevance of `layers` in training, records with their edges, or None where none came; the graph stays.
 
     To be called under ``no_grad``. One at a time, so that what each is the product of can go as it comes.
     """
     edges = [edge for _, edge in layers]
-    found = _along_chain(output, d, edges, interception)
+    found = _along_chain(*starts[0], edges, interception) if len(starts) == 1 else None
     if found is not None:
         yield from found
         return
-    ds = list(propagate([(output, d)], edges, interception, keep_graph=True))
+    ds = list(propagate(starts, edges, interception, keep_graph=True))
     for place, (record, _) in enumerate(layers):
         arrived, ds[place] = ds[place], None
         yield None if arrived is None else record.z * arrived
@@ -304,16 +317,20 @@ def _along_chain(
 
 def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:
     """The tensors of an output with their relevance, without those from which nothing starts."""
+    if relevance is None:
+        return []
     if isinstance(output, Tensor):
-        return [] if relevance is None else [(output, relevance)]
+        return [(output, relevance)]
     names = output if isinstance(output, dict) else range(len(output))
     return [pair for name in names for pair in _pairs(output[name], relevance[name])]
 
 
 def _alike(relevance: Any, output: Any) -> bool:
-    """Whether `relevance` is of the structure and shapes of `output`, None standing for any tensor."""
+    """Whether `relevance` is of the structure and shapes of `output`, None standing for any part."""
+    if relevance is None:
+        return True
     if isinstance(output, Tensor):
-        return relevance is None or (isinstance(relevance, Tensor) and relevance.shape == output.shape)
+        return isinstance(relevance, Tensor) and relevance.shape == output.shape
     if isinstance(output, dict):
         return isinstance(relevance, dict) and all(
             name in relevance and _alike(relevance[name], part) for name, part in output.items()
@@ -349,4 +366,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list | dict) and tensors_in(value):
+        parts = value.values() if isinstance(value, dict) else value
+        return f"a {type(value).__name__} of {', '.join(map(_described, parts))}"
     return f"{value!r} ({type(value).__name__})"

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import oracles
 import pytest
@@ -723,6 +723,72 @@ def test_all_layers_that_make_the_output_are_left_alone(rule: Any) -> None:
     plain, guided = gradients(model, x, labels), gradients(model, x, labels, factor=0.7, target="logits", rule=rule)
     for name in plain:
         assert torch.equal(guided[name], plain[name]) != name.startswith("body"), name
+
+
+class Heads(NamedTuple):
+    main: Tensor
+    side: Tensor
+
+
+class TwoHeads(nn.Module):
+    """Two outputs, as of a network with an auxiliary classifier."""
+
+    def __init__(self, named: bool) -> None:
+        super().__init__()
+        self.body, self.main, self.side = nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.named = named
+
+    def forward(self, x: Tensor) -> Any:
+        h = F.relu(self.body(x))
+        heads = Heads(self.main(h), self.side(h))
+        return heads if self.named else heads._asdict()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named tuple", "dict"])
+@pytest.mark.parametrize("both", [True, False])
+def test_relevance_starts_from_the_outputs_that_the_target_says(both: bool, named: bool) -> None:
+    model, x, labels = TwoHeads(named).double(), torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+
+    def target(output: Any) -> Any:
+        if not named:
+            return {"main": output["main"], "side": output["side"] if both else None}
+        return output if both else output._replace(side=None)
+
+    with torch.no_grad():
+        h = model.body(x).relu()
+        starts = [(model.main, model.main(h)), (model.side, model.side(h))]
+        relevance = sum(
+            oracles.linear_relevance(h, head.weight, head.bias, output, oracles.Rule(1e-6))
+            for head, output in starts[: 1 + both]
+        )
+    with athena.Guidance(model, factor=0.7, target=target):
+        output = model(x)
+        main, side = output if named else output.values()
+        z = torch.stack([main, side])
+        z.retain_grad()
+        sum(F.cross_entropy(part, labels) for part in z).backward()
+    assert z.grad is not None
+    at_h = z.grad[0] @ model.main.weight + z.grad[1] @ model.side.weight
+    at_body = at_h * (h > 0) * (1 + 0.7 * relevance)
+    expected = {"body.weight": at_body.T @ x, "main.weight": z.grad[0].T @ h, "side.weight": z.grad[1].T @ h}
+    close({name: model.get_parameter(name).grad for name in expected}, expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        (None, ["a Heads of a torch.float32 tensor of shape (4, 3), a torch", "target as a function"]),
+        ("logits", ["a Heads of", "target as a function"]),
+        (lambda output: output.main, ["shape (4, 3)", "structure"]),
+        (lambda output: Heads(None, None), ["None for all", "nowhere to start"]),
+    ],
+    ids=["predicted", "logits", "one tensor", "none"],
+)
+def test_a_target_that_does_not_fit_several_outputs_is_refused(target: Any, named: list[str]) -> None:
+    model = TwoHeads(True)
+    with athena.Guidance(model, target=target), pytest.raises((TypeError, ValueError)) as raised:
+        model(torch.randn(4, 6))
+    assert all(word in str(raised.value) for word in named), raised.value
 
 
 def test_a_layer_used_twice_is_guided_at_both_places() -> None:

@@ -355,7 +355,9 @@ def test_training_starts_with_relevance_over_the_output_and_nothing_at_0(target:
     output[1, 3] = output[2, 1] = 0.0
     relevance = athena.relevance.start(output, target)
     expected = torch.where(output == 0, 0, relevance / output)
-    torch.testing.assert_close(athena.relevance.start_down(output, target), expected, rtol=0, atol=0)
+    ((started, d),) = athena.relevance.starts_down(output, target)
+    assert started is output
+    torch.testing.assert_close(d, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("target", TARGETS)
