@@ -6,6 +6,7 @@ the ordinary backward pass that follows, the gradient that reaches the output of
 the network's output is left alone. Not here: the training loop (`athena.training`, or the user's own).
 """
 
+import copyreg
 import functools
 import math
 import operator
@@ -64,6 +65,8 @@ class Guidance:
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
 
+    A copy of the model, as ``copy.deepcopy`` makes it or a pickle of the whole, trains plainly.
+
     Args:
         model: the network, which maps a batch to (batch, classes), or with a function as `target` to whatever that
             takes. Its parameters and its code stay as they are.
@@ -114,11 +117,19 @@ class Guidance:
         self.labels: Tensor | None = None
         self.step = 0
         self.diverged: DivergedError | None = None
-        self._pass: Interception | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before_forward),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
+
+    _pass: Interception | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What hangs on a copy of the model is a guidance of no model."""
+        return copyreg.__newobj__, (type(self),)  # type: ignore[attr-defined]
+
+    def _is_of(self, model: nn.Module) -> bool:
+        return vars(self).get("model") is model
 
     def remove(self) -> None:
         """Ends the guidance; the model trains plainly again."""
@@ -135,7 +146,7 @@ class Guidance:
         """Raises where factor, scope or target is not of the form documented, or the model is guided already."""
         for path, module in self.model.named_modules():
             owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-            if any(isinstance(owner, Guidance) for owner in owners):
+            if any(isinstance(owner, Guidance) and owner._is_of(module) for owner in owners):
                 raise RuntimeError(
                     f"{f'the part {path!r} of ' if path else ''}this model is guided already, and a second guidance "
                     "would scale its gradients twice: call remove() on the first, or give one a factor for each layer"
@@ -172,7 +183,14 @@ class Guidance:
         return bool(self.factor)
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled() and self._pass is None and self._guides()):
+        if not (model.training and torch.is_grad_enabled() and self._pass is None):
+            return
+        if getattr(model, "_is_replica", False):
+            raise UnsupportedLayer(
+                "nn.DataParallel trains copies of the model, one on each device, which cannot be guided; "
+                "DistributedDataParallel can"
+            )
+        if not (self._is_of(model) and self._guides()):
             return
         if self.step % self.every:
             self.step, self.labels = self.step + 1, None
@@ -250,10 +268,10 @@ class _Watch:
     def _look(self) -> None:
         """Waits for the device once in a step, where all is well."""
         sums, self.sums = self.sums, {}
-        if math.isfinite(functools.reduce(operator.add, (total for _, total in sums.values()))):
+        if math.isfinite(functools.reduce(operator.add, (total for _, total in sums.values())).item()):
             return
         # in the order of the backward pass, so the first is the uppermost layer
-        path = next((path for path, (_, total) in sums.items() if not math.isfinite(total)), next(iter(sums)))
+        path = next((path for path, (_, total) in sums.items() if not math.isfinite(total.item())), next(iter(sums)))
         error = DivergedError(self.step, path, sums[path][0])
         if self.guidance.on_divergence == "raise":
             raise error

@@ -1,7 +1,9 @@
 """Claims about `athena.Guidance`, checked against a transcription of thesis 6.1.5, Algorithm 1, in float64."""
 
+import copy
 import gc
 import importlib.util
+import io
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -447,6 +449,30 @@ def test_labels_of_a_forward_pass_that_is_left_out_do_not_reach_the_next() -> No
         model(x)
     with pytest.raises(RuntimeError, match=r"guidance\.labels"):
         model(x)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-9)], ids=str)
+def test_a_penalty_on_guided_gradients_can_be_trained_on(rule: Any) -> None:
+    """Relevance is a constant to it; that of all logits does not depend on the last bias, so differences tell."""
+    model = narrow_mlp()
+    x, labels = batch(model)
+    bias = model.get_submodule("linear3").bias
+
+    def penalty(create_graph: bool = False) -> Tensor:
+        with athena.Guidance(model, factor=0.7, scope="all", target="logits", rule=rule):
+            loss = F.cross_entropy(model(x), labels)
+            (gradient,) = torch.autograd.grad(loss, model.get_submodule("linear1").weight, create_graph=create_graph)
+        return gradient.square().sum()
+
+    (found,) = torch.autograd.grad(penalty(create_graph=True), bias)
+    step = 1e-5 * torch.randn_like(bias)
+    with torch.no_grad():
+        bias += step
+    after = penalty()
+    with torch.no_grad():
+        bias -= 2 * step
+    torch.testing.assert_close((found * step).sum() * 2, after - penalty(), rtol=1e-5, atol=0)
 
 
 def test_autograd_grad_is_guided_like_backward() -> None:
@@ -909,6 +935,28 @@ def test_what_lrp_cannot_pass_above_a_guided_layer_is_refused_by_module_path(sco
     assert hooks(model) == before
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    restored: nn.Module = torch.load(file, weights_only=False)
+    return restored
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_of_a_guided_model_trains_plainly_and_can_be_guided(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = narrow_mlp()
+    x, labels = batch(model)
+    plain = gradients(model, x, labels)
+    with athena.Guidance(model, factor=0.7, scope="all"):
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        guided = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        again = copied(model)
+        equal(gradients(again, x, labels), plain)
+        equal(gradients(again, x, labels, factor=0.7, scope="all"), guided)
+
+
 # Errors
 
 
@@ -923,6 +971,14 @@ def test_a_model_that_is_guided_already_is_refused_until_that_is_removed(path: s
     assert hooks(model) == before
     first.remove()
     athena.Guidance(model).remove()
+
+
+def test_replicas_of_data_parallel_are_refused() -> None:
+    model = narrow_mlp()
+    athena.Guidance(model)
+    replica = model._replicate_for_data_parallel()
+    with pytest.raises(athena.UnsupportedLayer, match=r"nn\.DataParallel.*DistributedDataParallel"):
+        replica(batch(model)[0])
 
 
 @pytest.mark.parametrize(
