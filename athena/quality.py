@@ -8,6 +8,7 @@ intervals or tests over what is measured (`athena.statistics`).
 
 import copy
 import itertools
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -325,4 +326,4 @@ def _classes(model: nn.Module, x: Tensor, target: int | Tensor | None) -> Tensor
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"

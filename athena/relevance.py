@@ -4,6 +4,7 @@ An explanation is one forward pass through LRP layers (`athena.layers`) and one 
 input. Not here: training with relevance (`athena.guidance`).
 """
 
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -369,4 +370,4 @@ def _described(value: Any) -> str:
     if isinstance(value, tuple | list | dict) and tensors_in(value):
         parts = value.values() if isinstance(value, dict) else value
         return f"a {type(value).__name__} of {', '.join(map(_described, parts))}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
