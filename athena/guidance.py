@@ -10,6 +10,7 @@ import copyreg
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -65,7 +66,7 @@ class Guidance:
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
 
-    A copy of the model, as ``copy.deepcopy`` makes it or a pickle of the whole, trains plainly.
+    A copy of the model trains plainly, be it made by ``copy.deepcopy`` or in another process.
 
     Args:
         model: the network, which maps a batch to (batch, classes), or with a function as `target` to whatever that
@@ -124,8 +125,13 @@ class Guidance:
 
     _pass: Interception | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """What hangs on a copy of the model: a guidance of no model."""
+        return object.__new__(type(self))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """What hangs on a copy of the model is a guidance of no model."""
+        """What hangs on a model that was pickled."""
+        warnings.warn("guidance is not pickled with its model; guide that anew where it is loaded", stacklevel=2)
         return copyreg.__newobj__, (type(self),)  # type: ignore[attr-defined]
 
     def _is_of(self, model: nn.Module) -> bool:
