@@ -31,6 +31,7 @@ __all__ = [
     "progress",
     "ratios",
     "relevance_limit",
+    "seeds",
     "starts",
     "style",
 ]
@@ -95,9 +96,10 @@ def accuracy(
         limits: of the accuracy axes, ``{"full": (low, high), "low": (low, high)}`` in percent; by default what the
             lines need.
     """
-    arms = {f"plain, factor 0 (n = {_seeds(frame, 0)})": (0.0, PLAIN, "o")}
+    arms = {f"plain, factor 0 (n = {seeds(frame[frame['factor'] == 0])})": (0.0, PLAIN, "o")}
     if factor:
-        arms[f"guided, factor {factor:g} (n = {_seeds(frame, factor)})"] = (factor, GUIDED, "s")
+        guided = frame[frame["factor"] == factor]
+        arms[f"guided, factor {factor:g} (n = {seeds(guided)})"] = (factor, GUIDED, "s")
     with style():
         figure, axes = canvas(1, 2, (8.4, 3.5))
         for axis, most, name in zip(axes, (100, LOW_DATA), ("full", "low"), strict=True):
@@ -112,6 +114,13 @@ def accuracy(
         axes[0].set_ylabel("test accuracy (%)")
         axes[0].legend(loc="best")
     return figure
+
+
+def seeds(runs: pd.DataFrame) -> str:
+    """How many seeds of an arm have run at a share of the data: one number, or the least and the most."""
+    numbers = runs.groupby("fraction")["seed"].nunique()
+    least, most = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+    return f"{most}" if least == most else f"{least} to {most}"
 
 
 def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None = None) -> Figure:
@@ -460,10 +469,6 @@ def _around_the_lines(axis: Axes) -> tuple[float, float]:
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
     low, high = np.nanmin(values), np.nanmax(values)
     return max(0.0, low - 0.1 * (high - low) - 0.5), min(100.5, high + 0.1 * (high - low) + 0.5)
-
-
-def _seeds(frame: pd.DataFrame, factor: float) -> int:
-    return int(frame.loc[frame["factor"] == factor, "seed"].nunique())
 
 
 def _upto(frame: pd.DataFrame, percent: float) -> pd.Series:

@@ -42,6 +42,12 @@ def test_the_curves_are_the_means_in_percent(frame: pd.DataFrame) -> None:
         np.testing.assert_allclose(drawn[label], means)
 
 
+def test_the_legend_tells_where_seeds_are_missing(frame: pd.DataFrame) -> None:
+    missing = (frame["factor"] == 10) & (frame["fraction"] == 0.2) & (frame["seed"] > 0)
+    drawn = lines(figures.accuracy(frame[~missing], 10.0), 0)
+    assert list(drawn) == ["plain, factor 0 (n = 3)", "guided, factor 10 (n = 1 to 3)"]
+
+
 def test_pairs_are_of_one_precision(frame: pd.DataFrame) -> None:
     one_share = frame[frame["fraction"] == 0.05]
     others = one_share[one_share["factor"] == 0].assign(precision="bfloat16", accuracy=0.1)
