@@ -115,6 +115,19 @@ def test_every_slider_moves_its_picture_by_keyboard_with_no_kernel(context: Brow
         assert moved(widget) == (True, True)
 
 
+@pytest.mark.parametrize("context", [(DESKTOP, "light"), (PHONE, "light")], indirect=True, ids=str)
+@pytest.mark.parametrize("name", PAGES)
+def test_every_slider_says_in_full_where_it_stands(context: BrowserContext, name: str) -> None:
+    page, _ = opened(context, HTML / f"{name}.html")
+    for widget in widgets(page):
+        handle, readout = widget.locator(".noUi-handle"), widget.locator(".widget-readout")
+        handle.press("Home")
+        for _ in range(round(float(handle.get_attribute("aria-valuemax") or 0)) + 1):
+            said, cut = readout.evaluate("one => [one.textContent, one.scrollWidth > one.clientWidth]")
+            assert not cut, said
+            handle.press("ArrowRight")
+
+
 @pytest.mark.parametrize("context", [(PHONE, "light")], indirect=True, ids=str)
 @pytest.mark.parametrize("name", PAGES)
 def test_figures_can_be_read_on_a_phone(context: BrowserContext, name: str) -> None:
