@@ -95,6 +95,8 @@ class Guidance:
         RuntimeError: the model, or a part of it, is guided already.
     """
 
+    _pass: Interception | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -123,18 +125,17 @@ class Guidance:
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    _pass: Interception | None = None
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """What hangs on a copy of the model: a guidance of no model."""
         return object.__new__(type(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What hangs on a model that was pickled."""
-        warnings.warn("guidance is not pickled with its model; guide that anew where it is loaded", stacklevel=2)
+        warnings.warn("guidance is not pickled with its model; guide the loaded model anew", stacklevel=2)
         return copyreg.__newobj__, (type(self),)  # type: ignore[attr-defined]
 
     def _is_of(self, model: nn.Module) -> bool:
+        """Whether it guides `model`; what hangs on a copy has no attributes and guides none."""
         return vars(self).get("model") is model
 
     def remove(self) -> None:
