@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import typer
 
-from athena import data, experiments, layers, statistics, tables, training
+from athena import data, experiments, interception, statistics, tables, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -102,7 +102,7 @@ def main() -> None:
     try:
         app()
     except (
-        *(data.DataError, experiments.StoreError, experiments.SweepError, layers.UnsupportedLayer),
+        *(data.DataError, experiments.StoreError, experiments.SweepError, interception.UnsupportedLayer),
         *(ValueError, FileNotFoundError),
     ) as error:
         typer.echo(f"athena: {error}", err=True)

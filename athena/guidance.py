@@ -17,22 +17,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.layers import (
-    Affine,
-    ConvolutionalLRP,
-    Interception,
-    LinearLRP,
-    Paths,
-    UnsupportedLayer,
-    stabilised,
-    tensors_in,
-)
-from athena.relevance import RuleFor, Target, as_choice, relevances, starts_down
-from athena.rules import Epsilon
+from athena.interception import Interception, LRPLayer, Paths, UnsupportedLayer, tensors_in
+from athena.layers import Affine, ConvolutionalLRP, LinearLRP
+from athena.relevance import Target, relevances, starts_down
+from athena.rules import Epsilon, RuleChoice, RuleFor
 
 __all__ = ["DivergedError", "Guidance"]
 
-SCOPES: dict[str, tuple[type, ...]] = {
+SCOPES: dict[str, tuple[type[LRPLayer], ...]] = {
     "all": (LinearLRP, ConvolutionalLRP),
     "linear": (LinearLRP,),
     "convolutional": (ConvolutionalLRP,),
@@ -112,7 +104,7 @@ class Guidance:
         _one_of("normalise", normalise, NORMALISE)
         _one_of("granularity", granularity, GRANULARITY)
         _one_of("on_divergence", on_divergence, ("raise", "record"))
-        self.model, self.factor, self.rule, self.scope, self.target = model, factor, as_choice(rule), scope, target
+        self.model, self.factor, self.rule, self.scope, self.target = model, factor, RuleChoice(rule), scope, target
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
         self.every = every
         self._paths = Paths(model)
@@ -175,7 +167,7 @@ class Guidance:
         if unknown := sorted(paths - known):
             raise ValueError(f"the model has no layer with weights at {unknown}; it has {sorted(known)}")
 
-    def _factor_at(self, path: str, layer: type) -> float:
+    def _factor_at(self, path: str, layer: type[LRPLayer]) -> float:
         """The factor of a layer; 0 where it is not guided."""
         # asking what is no float whether it is a mapping takes long
         if not isinstance(self.factor, float) and isinstance(self.factor, Mapping):
@@ -252,7 +244,7 @@ class Guidance:
         if self.normalise is not None:
             size = relevance.flatten(1)
             size = size.abs().amax(1) if self.normalise == "max" else size.square().mean(1).sqrt()
-            relevance = relevance / stabilised(size, 0.0).view(-1, *[1] * (relevance.dim() - 1))
+            relevance = relevance / size.clamp_min(torch.finfo(size.dtype).tiny).view(-1, *[1] * (relevance.dim() - 1))
         return relevance.mean(0, keepdim=True) if self.granularity == "neuron" else relevance
 
 

@@ -15,24 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from athena.layers import (
-    AffineLRP,
-    Interception,
-    LinearLRP,
-    Paths,
-    Phase,
-    Record,
-    RuleChoice,
-    UnsupportedLayer,
-    mapped,
-    tensors_in,
-)
-from athena.rules import Epsilon, Preset, Rule
+from athena.interception import Interception, Paths, Phase, Record, UnsupportedLayer, mapped, tensors_in
+from athena.layers import LinearLRP
+from athena.rules import Epsilon, RuleChoice, RuleFor
 
 __all__ = ["Relevance", "lrp", "start"]
 
 Target = None | int | Tensor | str | Callable[[Any], Any]
-RuleFor = Rule | Preset | Callable[[str, nn.Module], Rule]
 
 
 class Relevance:
@@ -56,7 +45,7 @@ class Relevance:
         Weights used again in the same pass are listed as ``path#2``, ``path#3``. Where batch norm is merged into a
         layer, it is the output of both.
         """
-        reached = [(record, d) for record, d in self._records if issubclass(record.layer, AffineLRP)]
+        reached = [(record, d) for record, d in self._records if record.layer.affine]
         return {record.path: self._phase.of(record.z, d) for record, d in reached}
 
     def conservation(self) -> pd.DataFrame:
@@ -117,7 +106,7 @@ def lrp(
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model), full_precision as full:
         given = tuple(full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
         sources = [tensor.detach().requires_grad_() for tensor in given]
-        interception = Interception(Paths(model), as_choice(rule), sources=sources)
+        interception = Interception(Paths(model), RuleChoice(rule), sources=sources)
         with interception:
             output = model(*sources)
         relevance = start(output, target)
@@ -139,15 +128,6 @@ def lrp(
     reached = [(record, d) for record, d in zip(interception.records, of_records, strict=True) if d is not None]
     total = sum(part.double().sum().item() for _, part in pairs)
     return Relevance(inputs if isinstance(x, tuple) else inputs[0], relevance, total, phase, reached)
-
-
-def as_choice(rule: RuleFor) -> RuleChoice:
-    """The argument `rule`, checked."""
-    if not isinstance(rule, Rule | Preset) and (not callable(rule) or isinstance(rule, type)):
-        raise TypeError(
-            f"rule is {rule!r}; give a rule such as athena.rules.Epsilon(1e-6), a preset, or a function (path, module)"
-        )
-    return RuleChoice(rule)
 
 
 def start(output: Any, target: Target) -> Any:

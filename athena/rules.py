@@ -14,12 +14,12 @@ A rule declares and divides; `athena.layers` runs the sums over the network's ow
 
 import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "AlphaBeta",
@@ -31,6 +31,8 @@ __all__ = [
     "Gamma",
     "Preset",
     "Rule",
+    "RuleChoice",
+    "RuleFor",
     "WSquare",
     "ZBox",
     "ZPlus",
@@ -318,6 +320,52 @@ class EpsilonGammaBox(Preset):
 
     def __post_init__(self) -> None:
         self._give(linear=Epsilon(self.epsilon), convolutional=Gamma(self.gamma), first=ZBox(self.low, self.high))
+
+
+RuleFor = Rule | Preset | Callable[[str, nn.Module], Rule]
+"""What can say which rule a layer gets."""
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """Which rule each affine layer gets: one for all, one by kind of layer, or one by path and module.
+
+    Raises:
+        TypeError: `rule` is none of these.
+    """
+
+    rule: RuleFor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule | Preset) and (not callable(self.rule) or isinstance(self.rule, type)):
+            raise TypeError(
+                f"rule is {self.rule!r}; give a rule such as athena.rules.Epsilon(1e-6), a preset, or a function "
+                "(path, module)"
+            )
+
+    @property
+    def absolute(self) -> bool:
+        """Whether a layer above an activation may get a rule that gives relevance to neurons that are 0."""
+        if isinstance(self.rule, Preset):
+            return self.rule.linear.absolute or self.rule.convolutional.absolute
+        return not isinstance(self.rule, Rule) or self.rule.absolute
+
+    def of(self, path: str, module: nn.Module, convolutional: bool, first: Callable[[], bool]) -> Rule:
+        """The rule of the layer at `path`; `first` tells whether no other stands below it.
+
+        Raises:
+            TypeError: what was given chose something else than a rule.
+        """
+        if isinstance(self.rule, Rule):
+            return self.rule
+        if isinstance(self.rule, Preset):
+            if self.rule.first is not None and first():
+                return self.rule.first
+            return self.rule.convolutional if convolutional else self.rule.linear
+        chosen = self.rule(path, module)
+        if not isinstance(chosen, Rule):
+            raise TypeError(f"rule({path!r}, ...) gave {chosen!r}, which is not a rule of athena.rules")
+        return chosen
 
 
 def parse(text: str) -> Rule:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena import data, guidance, layers, models, relevance, rules
+from athena import data, guidance, interception, layers, models, relevance, rules
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 
@@ -428,7 +428,7 @@ def _code() -> str:
     """The package's version, and 8 hex digits of the sources that a result depends on."""
     from athena import __version__
 
-    rooms = (rules, layers, relevance, guidance, models, data, sys.modules[__name__])
+    rooms = (rules, interception, layers, relevance, guidance, models, data, sys.modules[__name__])
     digest = hashlib.sha256("".join(map(inspect.getsource, rooms)).encode())
     return f"{__version__}+{digest.hexdigest()[:8]}"
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import athena
-from athena import layers, models, relevance
+from athena import models, relevance
+from athena.interception import Interception
 from athena.rules import Epsilon, Gamma, Zero
 
 Gradients = dict[str, Tensor]
@@ -552,7 +553,7 @@ def test_bfloat16_autocast_rounds_a_scaling_below_its_precision_away(network: st
 def test_what_lies_below_the_guided_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook on a node of the graph keeps the gradient that comes by: half as much memory again in the thesis's CNN."""
     hooked: list[str] = []
-    monkeypatch.setattr(layers.Interception, "_refusal", lambda self, what: hooked.append(what) or (lambda _: None))
+    monkeypatch.setattr(Interception, "_refusal", lambda self, what: hooked.append(what) or (lambda _: None))
     model = narrow_cnn()
     x, labels = batch(model)
     gradients(model, x, labels, factor=0.5, scope="linear")
