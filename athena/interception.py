@@ -345,6 +345,11 @@ class Interception(TorchFunctionMode):
         """The path of what is no module, `name`, within the module that runs now."""
         return f"{self.running}.{name}".removeprefix(".")
 
+    def path_of(self, weight: Tensor | None) -> str:
+        """The path of the layer that owns `weight`, and of the module that runs now where none does."""
+        path = None if weight is None else self.paths.of_layer(weight)
+        return self.running if path is None else path
+
     def rule(self, path: str, convolutional: bool, a: Tensor) -> Rule:
         """The rule of the affine layer at `path` with the input `a`."""
         module = self.paths.modules.get(path, self.paths.model)

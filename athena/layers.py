@@ -234,8 +234,7 @@ class AffineLRP(LRPLayer):
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Calls `function` and gives its output."""
         (a, weight, bias), rest, named = _operands(args, kwargs)
-        path = interception.paths.of_layer(weight)
-        path = interception.running if path is None else path
+        path = interception.path_of(weight)
         explains = interception.guided is None
         factor = 0.0 if interception.guided is None else interception.guided(path, cls)
         if explains:  # without weight gradients there is nothing to keep for them
@@ -757,16 +756,16 @@ class NormalisationLRP(LRPLayer):
         if not (z.requires_grad and interception.listens()):
             return z
         given = _arguments(function, args, kwargs)
-        if given.get("running_mean") is not None and not given.get("use_input_stats", True):
-            return BatchNormLRP.fixed(interception, given, z)  # instance norm with statistics from training
-        return cls.forked(interception, given, z)
+        of_batch = given.get("training", given.get("use_input_stats", True))
+        if of_batch or given.get("running_mean") is None:
+            return cls.forked(interception, given, z)
+        return BatchNormLRP.fixed(interception, given, z)  # instance norm, too, may have statistics from training
 
     @classmethod
     def forked(cls, interception: Interception, given: dict[str, Any], z: Tensor) -> Tensor:
         """`z`, the output of a function called with `given`, with a way of its own for relevance."""
         x, weight, bias = given["input"], given.get("weight"), given.get("bias")
-        path = None if weight is None else interception.paths.of_layer(weight)
-        path = interception.running if path is None else path
+        path = interception.path_of(weight)
         shape, dims = tuple(x.shape), tuple(range(2, x.dim()))
         if "normalized_shape" in given:
             dims = tuple(range(x.dim() - len(given["normalized_shape"]), x.dim()))
@@ -802,15 +801,6 @@ class BatchNormLRP(NormalisationLRP):
     functions = named("batch_norm")
 
     @classmethod
-    def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls `function`."""
-        z = function(*args, **kwargs)
-        if not (z.requires_grad and interception.listens()):
-            return z
-        given = _arguments(function, args, kwargs)
-        return cls.forked(interception, given, z) if given["training"] else cls.fixed(interception, given, z)
-
-    @classmethod
     def fixed(cls, interception: Interception, given: dict[str, Any], z: Tensor) -> Tensor:
         """`z`, the output of a function called with `given` whose statistics are fixed."""
         if not interception.explains:
@@ -828,8 +818,7 @@ class BatchNormLRP(NormalisationLRP):
                 z = Fork.apply(z, a, merged)
             interception.replace(place, merged, z)
             return z
-        path = None if weight is None else interception.paths.of_layer(weight)
-        record = Record(interception.running if path is None else path, cls, interception.phase)
+        record = Record(interception.path_of(weight), cls, interception.phase)
         record.bias = shift.view(-1, *[1] * (x.dim() - 2))
         interception.add(record, z)
         return z
