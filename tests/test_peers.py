@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18, resnet50
 
 import athena
-from athena.relevance import RuleFor
 from athena.rules import (
     AlphaBeta,
     Epsilon,
@@ -26,6 +25,7 @@ from athena.rules import (
     Flat,
     Gamma,
     Rule,
+    RuleFor,
     WSquare,
     ZBox,
     Zero,
