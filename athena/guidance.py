@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.interception import Interception, LRPLayer, Paths, UnsupportedLayer, tensors_in
+from athena.interception import Interception, LRPLayer, Paths, UnsupportedLayer, nodes_below, tensors_in
 from athena.layers import Affine, ConvolutionalLRP, LinearLRP
 from athena.relevance import Target, relevances, starts_down
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -31,6 +31,8 @@ SCOPES: dict[str, tuple[type[LRPLayer], ...]] = {
 }
 NORMALISE = (None, "max", "rms")
 GRANULARITY = ("sample", "neuron")
+REENTRANT = "CheckpointFunctionBackward"
+"""The node of the graph that holds what `torch.utils.checkpoint` runs with ``use_reentrant=True``."""
 
 
 class DivergedError(ArithmeticError):
@@ -213,12 +215,18 @@ class Guidance:
     def _guide(self, interception: Interception, output: Any) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
         starts = starts_down(output, self._target())
+        outputs = tensors_in(output)
+        if interception.without_graph and any(node.name() == REENTRANT for node in nodes_below(*outputs)):
+            raise UnsupportedLayer(
+                f"{interception.without_graph[0]!r} runs under torch.utils.checkpoint with use_reentrant=True, and so "
+                "cannot be guided; with use_reentrant=False it can"
+            )
         layers = [
             (record, edge)
             for record, edge in zip(interception.records, interception.edges, strict=True)
             if isinstance(record, Affine)
         ]
-        makers = _makers_of(tensors_in(output), {edge.node for _, edge in layers})
+        makers = _makers_of(outputs, {edge.node for _, edge in layers})
         guided = [(record, edge) for record, edge in layers if record.factor and edge.node not in makers]
         if not guided:
             raise UnsupportedLayer(

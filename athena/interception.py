@@ -11,7 +11,7 @@ from (`athena.relevance`), what to do with it (`athena.guidance`).
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
@@ -278,6 +278,8 @@ class Interception(TorchFunctionMode):
         weights were themselves computed are not in it."""
         self.passing: set[Any] = set()
         """The graph nodes that pass relevance from their one operand on just as they pass the gradient."""
+        self.without_graph: list[str] = []
+        """The paths of the layers to guide that ran without a graph, though their weights ask for gradients."""
         # The nodes that relevance is wanted from: of the sources, and of all outputs in the account.
         self._goals: set[Any] = {get_gradient_edge(source).node for source in sources}
         self._uses: dict[str, int] = {}
@@ -296,6 +298,11 @@ class Interception(TorchFunctionMode):
     def explains(self) -> bool:
         """Whether relevance itself is wanted, with its account, and no weight gradients."""
         return self.guided is None
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether what runs now may be run once more for the backward pass (`torch.utils.checkpoint`), and alike."""
+        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -354,28 +361,14 @@ class Interception(TorchFunctionMode):
         """The rule of the affine layer at `path` with the input `a`."""
         module = self.paths.modules.get(path, self.paths.model)
         return self.rules.of(
-            path, module, convolutional, lambda: not self._stands_on(a, {edge.node for edge in self.edges})
+            path, module, convolutional, lambda: {edge.node for edge in self.edges}.isdisjoint(nodes_below(a))
         )
 
     def carries(self, value: Any) -> bool:
         """Whether `value` is a tensor through which relevance can come down to the input or to a guided layer."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return False
-        return any(value is source for source in self.sources) or self._stands_on(value, self._goals)
-
-    @staticmethod
-    def _stands_on(tensor: Tensor, goals: set[Any]) -> bool:
-        """Whether one of the graph nodes `goals` took part in making `tensor`."""
-        seen: set[Any] = {None}
-        ahead: list[Any] = [tensor.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            if node in goals:
-                return True
-            if node not in seen:
-                seen.add(node)
-                ahead.extend(below for below, _ in node.next_functions)
-        return False
+        return any(value is source for source in self.sources) or not self._goals.isdisjoint(nodes_below(value))
 
     def keep(self, tensor: Tensor, path: str) -> Kept:
         """Remembers `tensor` as it is now, without its graph."""
@@ -542,6 +535,18 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 SEQUENCE = (tuple, list)
+
+
+def nodes_below(*tensors: Tensor) -> Iterator[Any]:
+    """The nodes of the graph that took part in making `tensors`, each once, from the top."""
+    seen: set[Any] = {None}
+    ahead: list[Any] = [tensor.grad_fn for tensor in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            ahead.extend(below for below, _ in node.next_functions)
 
 
 def _address(tensor: Tensor) -> int:

@@ -237,10 +237,14 @@ class AffineLRP(LRPLayer):
         path = interception.path_of(weight)
         explains = interception.guided is None
         factor = 0.0 if interception.guided is None else interception.guided(path, cls)
-        if explains:  # without weight gradients there is nothing to keep for them
+        if explains and not interception.recomputed:  # without weight gradients there is nothing to keep for them
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         z: Tensor = function(a, weight, bias, *rest, **named)
-        if not z.requires_grad or not (explains or factor or interception.records):
+        if not z.requires_grad:
+            if factor and weight.requires_grad:
+                interception.without_graph.append(path)
+            return z
+        if not (explains or factor or interception.records):
             return z
 
         rule = interception.rule(path, cls is ConvolutionalLRP, a)

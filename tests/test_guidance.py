@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import athena
 from athena import models, relevance
 from athena.interception import Interception
-from athena.rules import Epsilon, Gamma, Zero
+from athena.rules import Epsilon, Gamma, Rule, Zero
 
 Gradients = dict[str, Tensor]
 
@@ -981,6 +982,59 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     replica = model._replicate_for_data_parallel()
     with pytest.raises(athena.UnsupportedLayer, match=r"nn\.DataParallel.*DistributedDataParallel"):
         replica(batch(model)[0])
+
+
+class Checkpointed(nn.Module):
+    """A network that runs its middle part under `torch.utils.checkpoint`."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 5)
+        self.middle = nn.Sequential(nn.GELU(), nn.Linear(5, 5), nn.ReLU(inplace=True), nn.Linear(5, 5), nn.Tanh())
+        self.head = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.stem(x)
+        keeps = self.reentrant is None
+        z = self.middle(z) if keeps else checkpoint(self.middle, z, use_reentrant=self.reentrant)
+        return self.head(z)
+
+
+@pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-3), Gamma(0.25)])
+def test_what_is_computed_again_for_the_backward_pass_is_guided_and_explained_alike(rule: Rule) -> None:
+    model = Checkpointed(None).double()
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    kept = gradients(model, x, labels, scope="all", rule=rule), athena.lrp(model, x, rule=rule).input
+    model.reentrant = False
+    again = gradients(model, x, labels, scope="all", rule=rule), athena.lrp(model, x, rule=rule).input
+    torch.testing.assert_close(again, kept, rtol=1e-12, atol=0)
+
+
+def test_a_layer_that_would_run_unguided_under_a_reentrant_checkpoint_is_refused_by_its_path() -> None:
+    model = Checkpointed(True).double()
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    with pytest.raises(athena.UnsupportedLayer, match=r"'middle\.1'.*use_reentrant=True.*use_reentrant=False"):
+        gradients(model, x, labels, scope="all")
+
+
+def test_layers_under_no_grad_are_not_trained_and_so_not_guided() -> None:
+    backbone, head = nn.Linear(6, 5).double(), nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 4)).double()
+
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = backbone, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                z = self.backbone(x)
+            return self.head(z)
+
+    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
+    found = gradients(Frozen(), x, labels, scope="all")
+    expected = gradients(head, backbone(x).detach(), labels, scope="all")
+    torch.testing.assert_close(found, {f"head.{name}": gradient for name, gradient in expected.items()})
 
 
 @pytest.mark.parametrize(
