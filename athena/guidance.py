@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.interception import Interception, LRPLayer, Paths, UnsupportedLayer, nodes_below, tensors_in
+from athena.interception import Interception, LRPLayer, Paths, UnsupportedLayer, layer_of, nodes_below, tensors_in
 from athena.layers import Affine, ConvolutionalLRP, LinearLRP
 from athena.relevance import Target, relevances, starts_down
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -165,7 +165,7 @@ class Guidance:
             _one_of("scope", self.scope, tuple(SCOPES), "or a list of module paths")
         else:
             paths.update(self.scope)
-        known = {path.removesuffix(".weight") for path, _ in self.model.named_parameters() if not path.endswith("bias")}
+        known = {layer_of(path) for path, _ in self.model.named_parameters() if not path.endswith("bias")}
         if unknown := sorted(paths - known):
             raise ValueError(f"the model has no layer with weights at {unknown}; it has {sorted(known)}")
 

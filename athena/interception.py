@@ -10,6 +10,7 @@ from (`athena.relevance`), what to do with it (`athena.guidance`).
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
@@ -210,6 +211,15 @@ class Fork(torch.autograd.Function):
         return *record.down(gradient), None
 
 
+# A layer's weight, and what it is computed from by weight norm, spectral norm or pruning.
+WEIGHT = re.compile(r"\.(weight(_g|_v|_orig)?|parametrizations\.weight\..+)$")
+
+
+def layer_of(path: str) -> str:
+    """The path of the layer with the parameter at `path`: that of its module, if it is the weight of it."""
+    return WEIGHT.sub("", path)
+
+
 class Paths:
     """The module paths of a model and its parameters, read again when it shows a parameter that is new.
 
@@ -227,9 +237,7 @@ class Paths:
         if any(hasattr(module, "_orig_mod") for module in self.modules.values()):
             raise UnsupportedLayer("torch.compile hides what a model does from LRP; give the model before compilation")
         self.of_module = {id(module): path for path, module in self.modules.items()}
-        self._parameters = {
-            id(weight): (weight, path.removesuffix(".weight")) for path, weight in self.model.named_parameters()
-        }
+        self._parameters = {id(weight): (weight, layer_of(path)) for path, weight in self.model.named_parameters()}
 
     def of_layer(self, weight: Tensor) -> str | None:
         """The path of the layer that owns `weight`; None where it is no parameter of the model."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import athena
@@ -982,6 +983,35 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     replica = model._replicate_for_data_parallel()
     with pytest.raises(athena.UnsupportedLayer, match=r"nn\.DataParallel.*DistributedDataParallel"):
         replica(batch(model)[0])
+
+
+@pytest.mark.parametrize("scope", ["linear", ["linear1"]])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+    ],
+    ids=["weight norm", "its older form", "pruning"],
+)
+def test_a_layer_whose_weight_is_computed_is_guided_as_one_that_has_it(
+    computed: Callable[[nn.Module], nn.Module], scope: str | list[str]
+) -> None:
+    model = narrow_mlp()
+    computed(model.linear1)
+    x, labels = batch(model)
+    found = gradients(model, x, labels, scope=scope, factor=3.0)
+    plain = narrow_mlp()
+    with torch.no_grad():
+        for name in ("linear1", "linear2", "linear3"):
+            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+            plain.get_submodule(name).bias.copy_(model.get_submodule(name).bias)
+    expected = gradients(plain, x, labels, scope=scope, factor=3.0)
+    model.linear1(x.flatten(1))  # computes the weight once more
+    sources = {name: p for name, p in model.named_parameters() if name.startswith("linear1.") and "bias" not in name}
+    below = torch.autograd.grad(model.linear1.weight, list(sources.values()), expected.pop("linear1.weight"))
+    torch.testing.assert_close(found, expected | dict(zip(sources, below, strict=True)), rtol=1e-10, atol=1e-14)
 
 
 class Checkpointed(nn.Module):
