@@ -7,7 +7,7 @@ gradient. Most operations pass ``d`` on just as they pass the gradient. What a l
                                 other contributions (`athena.rules`) send it down through sums of their own
     activation f                d  ->  d f(z) / z, which for ReLU is the gradient
     product of n factors        d  ->  1 / n of the gradient to each; to a constant nothing
-    layer norm and its kin      the gradient, had the standard deviation been a constant
+    layer norm and its kin      the gradient, had the standard deviation been a constant; a length likewise
     softmax, attention          the gradient, products as above (AttnLRP, Achtibat et al. 2024)
 
 Not here: how an operation of the forward pass comes to its layer (`athena.interception`).
@@ -58,6 +58,7 @@ __all__ = [
     "ReLULRP",
     "ReductionLRP",
     "SoftmaxLRP",
+    "UnitLengthLRP",
 ]
 
 
@@ -579,6 +580,22 @@ class DivisionLRP(LRPLayer):
             return Portion.apply(operand, 0.0, interception.phase, None) if operand is divisor else operand
 
         return _out_of_place(interception, function, args, kwargs, lambda given: mapped(given, portion))
+
+
+class UnitLengthLRP(LRPLayer):
+    """Division by the length, as of queries and keys in cosine attention, written out in operations with LRP layers."""
+
+    functions = named("normalize")
+
+    @classmethod
+    def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the parts of `function`."""
+        given = _arguments(function, args, kwargs)
+        if given["out"] is not None or not interception.listens():
+            return function(*args, **kwargs)
+        x = given["input"]
+        with interception:
+            return x / x.norm(given["p"], given["dim"], keepdim=True).clamp_min(given["eps"])
 
 
 class SoftmaxLRP(LRPLayer):

@@ -1,5 +1,6 @@
 """Claims about what relevance does at each operation, against formulas written out for it, in float64."""
 
+import functools
 import gc
 import math
 from collections.abc import Callable
@@ -255,6 +256,14 @@ def test_constants_in_a_concatenation_keep_their_part() -> None:
     close(down, relevance * ~mask)
     relevance, (down,) = shared(lambda x: torch.where(mask, x, 1.0), x)
     close(down, relevance * mask)
+
+
+def test_what_is_brought_to_unit_length_keeps_its_relevance() -> None:
+    """As queries and keys in cosine attention."""
+    x = torch.cat([images(3, 4), torch.zeros(1, 4, dtype=torch.float64)])
+    for how in ({}, {"p": 1.0, "dim": 0}, {"dim": -1, "eps": 2.0}):
+        relevance, (down,) = shared(functools.partial(F.normalize, **how), x)
+        close(down, relevance * (x != 0))
 
 
 # Norms
