@@ -330,7 +330,7 @@ class Interception(TorchFunctionMode):
             out = function(*args, **kwargs)
             for tensor in tensors_in(out):
                 if tensor.grad_fn not in self._known:
-                    self._refuse(tensor.grad_fn, repr(getattr(function, "__name__", function)))
+                    self.refuse(tensor.grad_fn, repr(getattr(function, "__name__", function)))
             return out
         out = layer.run(self, function, args, kwargs)
         if rectified is not None:
@@ -457,10 +457,10 @@ class Interception(TorchFunctionMode):
                         kept.take(tensor)
                         kept.rectified = False
             if node not in self._known:
-                self._refuse(node, UNSEEN.format(node.name()))
+                self.refuse(node, UNSEEN.format(node.name()))
         return found
 
-    def _refuse(self, node: Any, what: str) -> None:
+    def refuse(self, node: Any, what: str) -> None:
         """Lets no relevance pass through a graph node."""
         self._known.add(node)
         node.register_prehook(self._refusal(what))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from athena.interception import (
     Fork,
@@ -51,6 +51,7 @@ __all__ = [
     "DropoutLRP",
     "FlattenLRP",
     "LinearLRP",
+    "MatrixProductLRP",
     "MaxPoolingLRP",
     "MultiheadAttentionLRP",
     "NormalisationLRP",
@@ -94,7 +95,7 @@ class Affine(Record):
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed convolution, whose weights have the inputs first."""
+        """Whether its weights have the inputs first, as in a transposed convolution or in ``a @ W``."""
         return "transpose" in self.function.__name__
 
     @property
@@ -148,7 +149,7 @@ class Affine(Record):
         """See `Record.below`."""
         if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
             return None
-        return self.share(d, relevance) @ self.weight
+        return self.share(d, relevance) @ (self.weight.T if self.transposed else self.weight)
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""
@@ -282,7 +283,8 @@ class MaxPoolingLRP(LRPLayer):
         *named("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"),
         *named("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
         *named("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices", "adaptive_max_pool3d"),
-        *named("adaptive_max_pool3d_with_indices", "amax", "max"),
+        *named("adaptive_max_pool3d_with_indices", "amax", "max", "maximum"),
+        *named("amin", "min", "minimum"),
     )
 
 
@@ -359,7 +361,7 @@ class ReLULRP(LRPLayer):
     """
 
     passes = True
-    functions = named("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_")
+    functions = named("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "rrelu", "rrelu_", "abs", "abs_")
 
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -400,6 +402,8 @@ class ActivationLRP(LRPLayer):
         *("gelu", "silu", "silu_", "elu", "elu_", "celu", "celu_", "selu", "selu_", "mish", "mish_", "hardswish"),
         *("hardswish_", "hardtanh", "hardtanh_", "relu6", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "tanh"),
         *("tanh_", "softplus", "logsigmoid", "softsign", "tanhshrink", "softshrink", "hardshrink", "expit"),
+        *("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "square"),
+        *("square_", "sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__"),
     )
 
     @classmethod
@@ -416,11 +420,16 @@ class ActivationLRP(LRPLayer):
         if not (x.requires_grad and interception.listens()):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", type(function).__name__).strip("_")
+        others = *args[1:], *(value for name, value in kwargs.items() if name != "input")
+        if any(map(interception.carries, others)):
+            z = function(*args, **kwargs)
+            interception.refuse(z.grad_fn, f"{name!r} of more than one tensor")
+            return z
 
         def fork(z: Tensor) -> Tensor:
             path = interception.within(name)
             measured = None
-            if interception.explains and name in ("hardsigmoid", "sigmoid", "softplus", "logsigmoid", "expit"):
+            if interception.explains and name in NOT_0_AT_0:
                 measured = Measured(path, cls, interception.phase)
             kept = interception.keep(x, path), interception.keep(z, path)
             z = Fork.apply(z, x, Activation(path, interception.phase, *kept, only_absolute, measured))
@@ -429,6 +438,12 @@ class ActivationLRP(LRPLayer):
             return z
 
         return _out_of_place(interception, function, args, kwargs, fork=fork)
+
+
+NOT_0_AT_0 = (
+    *("hardsigmoid", "sigmoid", "softplus", "logsigmoid", "expit", "pow", "ipow"),
+    *("clamp", "clip", "clamp_min", "clamp_max"),
+)
 
 
 class ConcatenationLRP(LRPLayer):
@@ -537,8 +552,8 @@ class ProductLRP(LRPLayer):
     """
 
     functions = (
-        *named("mul", "multiply", "mul_", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "__rmatmul__"),
-        *named("mm", "bmm", "mv", "dot", "inner", "einsum"),
+        *named("mul", "multiply", "mul_", "__mul__", "__rmul__", "__imul__", "__rmatmul__"),
+        *named("bmm", "mv", "dot", "inner", "einsum"),
     )
 
     @classmethod
@@ -562,6 +577,36 @@ class ProductLRP(LRPLayer):
             return z
 
         return _out_of_place(interception, function, args, kwargs, lambda given: mapped(given, portion), fork)
+
+
+class MatrixProductLRP(ProductLRP):
+    """Products of two matrices: of ``a W`` with a parameter ``W`` it makes the linear layer that it is."""
+
+    functions = named("matmul", "__matmul__", "mm", "addmm")
+    affine = True
+
+    @classmethod
+    def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls `function`, or what does the same."""
+        operands = [*args, *(kwargs[name] for name in ("input", "mat1", "mat2", "other") if name in kwargs)]
+        added = operands.pop(0) if function in ADDING else None
+        a, b = operands
+        beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+        is_bias = added is None or (added.dim() == 1 and alpha == beta == 1)
+        if isinstance(b, nn.Parameter) and b.dim() == 2 and a.dim() > 1 and is_bias:
+            return LinearLRP.run(interception, linear_transpose, (a, b, added), {})
+        if added is None:
+            return super().run(interception, function, args, kwargs)
+        with interception:
+            return beta * added + alpha * (a @ b)
+
+
+ADDING = named("addmm")
+
+
+def linear_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer with weights (inputs, outputs)."""
+    return F.linear(a, weight.T, bias)
 
 
 class DivisionLRP(LRPLayer):

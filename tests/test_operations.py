@@ -3,10 +3,12 @@
 import functools
 import gc
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import oracles
+import pandas as pd
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -67,6 +69,7 @@ def shared(function: Callable[..., Tensor], *x: Tensor, start: Tensor | None = N
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu by name": lambda x: F.gelu(input=x, approximate="none"),
     "tanh gelu": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "elu": F.elu,
@@ -82,6 +85,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "softplus": F.softplus,
     "softsign": F.softsign,
+    "clamp": lambda x: x.clamp(-0.5, 0.8),
+    "clamp_min": lambda x: torch.clamp_min(x, -0.3),
+    "clamp above 0": lambda x: x.clamp(min=0.2),
+    "abs": torch.abs,
+    "square": lambda x: x**2,
+    "power": lambda x: x.abs().pow(1.5).sqrt(),
     "leaky relu": lambda x: F.leaky_relu(x, 0.2),
     "prelu": lambda x: F.prelu(x, torch.tensor([0.3], dtype=x.dtype)),
 }
@@ -96,6 +105,9 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "relu6": (F.relu6, nn.ReLU6(inplace=True)),
     "sigmoid_": (torch.sigmoid, Tensor.sigmoid_),
     "tanh_": (torch.tanh, Tensor.tanh_),
+    "clamp_": (torch.relu, lambda x: x.clamp_(min=0)),
+    "abs_": (torch.abs, Tensor.abs_),
+    "**=": (torch.square, lambda x: operator.ipow(x, 2)),
 }
 
 
@@ -106,7 +118,7 @@ def test_an_activation_passes_relevance_on_unchanged(name: str) -> None:
     close(down, relevance)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "softplus", "hard sigmoid"])
+@pytest.mark.parametrize("name", ["sigmoid", "softplus", "hard sigmoid", "clamp above 0"])
 def test_what_an_activation_is_at_zero_keeps_relevance_like_a_bias(name: str) -> None:
     x = images(2, 4)
     x[0, 1] = 0
@@ -164,6 +176,53 @@ def test_a_constant_factor_gets_nothing() -> None:
     model.scale = scale  # type: ignore[assignment]
     relevance = images(3, 4)
     close(athena.lrp(model, x, target=lambda _: relevance, rule=Zero()).input, relevance)
+
+
+BY_COLUMNS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "a @ W": lambda a, weight, bias: a @ weight,
+    "matmul": lambda a, weight, bias: torch.matmul(a, other=weight),
+    "mm": lambda a, weight, bias: a.mm(weight),
+    "addmm": lambda a, weight, bias: torch.addmm(bias, a, weight),
+    "addmm by name": lambda a, weight, bias: torch.addmm(mat2=weight, mat1=a, input=bias),
+}
+
+
+@every_rule
+@pytest.mark.parametrize("form", BY_COLUMNS)
+def test_a_matrix_product_with_a_parameter_is_the_linear_layer_that_it_is(form: str, rule: str) -> None:
+    """As the layers of GPT-2 are written."""
+
+    class ByColumns(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(layer.weight.detach().T.clone()), layer.bias
+
+        def forward(self, a: Tensor) -> Tensor:
+            return BY_COLUMNS[form](a, self.weight, self.bias)
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 5, "addmm" in form).double(), nn.Linear(5, 4, "addmm" in form).double()]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    written = nn.Sequential(ByColumns(layers[0]), nn.ReLU(), ByColumns(layers[1]))
+    x, labels = images(4, 6), torch.randint(4, (4,))
+    expected, found = (athena.lrp(net, x, rule=RULES[rule][0]) for net in (model, written))
+    close(found.input, expected.input)
+    torch.testing.assert_close(found.layers, expected.layers)
+    pd.testing.assert_frame_equal(found.conservation(), expected.conservation())
+    gradients = []
+    for net in (model, written):
+        with athena.Guidance(net, factor=2.0, scope=["0"], rule=RULES[rule][0]):
+            F.cross_entropy(net(x), labels).backward()
+        gradients.append(net[0].weight.grad)
+    close(gradients[1].T, gradients[0])
+
+
+def test_a_product_of_matrices_with_anything_added_is_explained_term_by_term() -> None:
+    a, b, c, start = images(3, 4), images(4, 5), images(3, 5), images(3, 5)
+    _, expected = shared(lambda a, b, c: 2 * c + 3 * (a @ b), a, b, c, start=start)
+    _, found = shared(lambda a, b, c: torch.addmm(c, a, b, beta=2, alpha=3), a, b, c, start=start)
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
 
 
 def test_a_divisor_gets_nothing() -> None:

@@ -674,11 +674,12 @@ class Squash(torch.autograd.Function):
 UNSUPPORTED: dict[str, Callable[[Tensor], Tensor]] = {
     "sin": torch.sin,
     "sin method": lambda x: x.sin(),
-    "square": lambda x: x**2,
+    "order": lambda x: x.sort().values,
     "exponential": torch.exp,
     "division by activations": lambda x: 1 / x,
     "recurrence": lambda x: torch.lstm_cell(x, (x, x), torch.zeros(20, 5).double(), torch.zeros(20, 5).double())[0],
-    "absolute value": torch.abs,
+    "power of an activation": lambda x: x.abs() ** x,
+    "angle": lambda x: torch.atan2(x, x),
     "in place": lambda x: x.sin_(),
 }
 UNSEEN: dict[str, Callable[[Tensor], Tensor]] = {
