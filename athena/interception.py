@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
@@ -290,6 +290,7 @@ class Interception(TorchFunctionMode):
         """The paths of the layers to guide that ran without a graph, though their weights ask for gradients."""
         # The nodes that relevance is wanted from: of the sources, and of all outputs in the account.
         self._goals: set[Any] = {get_gradient_edge(source).node for source in sources}
+        self._divisors: set[Any] = set()
         self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
         self._kept: list[Kept] = []
@@ -376,7 +377,20 @@ class Interception(TorchFunctionMode):
         """Whether `value` is a tensor through which relevance can come down to the input or to a guided layer."""
         if not isinstance(value, Tensor) or not value.requires_grad:
             return False
-        return any(value is source for source in self.sources) or not self._goals.isdisjoint(nodes_below(value))
+        if any(value is source for source in self.sources):
+            return True
+        return not self._goals.isdisjoint(nodes_below(value, without=self._divisors))
+
+    def divides(self, value: Any) -> bool:
+        """Whether `value` would carry relevance but that it is a divisor (`divide`), or comes from divisors alone."""
+        if not self._divisors or not isinstance(value, Tensor) or self.carries(value):
+            return False
+        return not self._divisors.isdisjoint(nodes_below(value))
+
+    def divide(self, z: Tensor, what: str) -> None:
+        """Takes `z` for a divisor: a constant in a product, and refused where relevance comes to it elsewhere."""
+        self._divisors.add(z.grad_fn)
+        self.refuse(z.grad_fn, what)
 
     def keep(self, tensor: Tensor, path: str) -> Kept:
         """Remembers `tensor` as it is now, without its graph."""
@@ -545,9 +559,9 @@ def tensors_in(*values: Any) -> list[Tensor]:
 SEQUENCE = (tuple, list)
 
 
-def nodes_below(*tensors: Tensor) -> Iterator[Any]:
-    """The nodes of the graph that took part in making `tensors`, each once, from the top."""
-    seen: set[Any] = {None}
+def nodes_below(*tensors: Tensor, without: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph that took part in making `tensors`, each once, from the top, and stops at `without`."""
+    seen: set[Any] = {None, *without}
     ahead: list[Any] = [tensor.grad_fn for tensor in tensors]
     while ahead:
         node = ahead.pop()

@@ -57,6 +57,7 @@ __all__ = [
     "NormalisationLRP",
     "ProductLRP",
     "ReLULRP",
+    "ReciprocalLRP",
     "ReductionLRP",
     "SoftmaxLRP",
     "UnitLengthLRP",
@@ -420,6 +421,9 @@ class ActivationLRP(LRPLayer):
         if not (x.requires_grad and interception.listens()):
             return function(*args, **kwargs)
         name = getattr(function, "__name__", type(function).__name__).strip("_")
+        exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+        if name in ("pow", "ipow") and isinstance(exponent, int | float) and exponent < 0:
+            return ReciprocalLRP.run(interception, function, args, kwargs)
         others = *args[1:], *(value for name, value in kwargs.items() if name != "input")
         if any(map(interception.carries, others)):
             z = function(*args, **kwargs)
@@ -559,17 +563,19 @@ class ProductLRP(LRPLayer):
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
-        factors = [factor for factor in tensors_in(*args, *kwargs.values()) if interception.carries(factor)]
-        if len(factors) < 2 or not interception.listens():
+        operands = tensors_in(*args, *kwargs.values())
+        factors = sum(map(interception.carries, operands))
+        divided = any(map(interception.divides, operands))
+        if not interception.listens() or factors + divided < 2:
             return function(*args, **kwargs)
-        share, measured = 1 / len(factors), None
+        measured = None
         if interception.explains and interception.absolute:  # no factor can bear what was sent to a product of 0
             measured = Measured(interception.within("product"), cls, interception.phase)
 
         def portion(factor: Tensor) -> Tensor:
-            if not interception.carries(factor):
-                return factor
-            return Portion.apply(factor, share, interception.phase, measured)
+            if interception.carries(factor):
+                return Portion.apply(factor, 1 / factors, interception.phase, measured)
+            return Portion.apply(factor, 0.0, interception.phase, None) if interception.divides(factor) else factor
 
         def fork(z: Tensor) -> Tensor:
             if measured is not None:
@@ -618,7 +624,8 @@ class DivisionLRP(LRPLayer):
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
         divisor = kwargs.get("other", args[1] if len(args) > 1 else None)
-        if not interception.carries(divisor) or not interception.listens():
+        divided = interception.carries(divisor) or interception.divides(divisor)
+        if not divided or not interception.listens():
             return function(*args, **kwargs)
 
         def portion(operand: Tensor) -> Tensor:
@@ -641,6 +648,20 @@ class UnitLengthLRP(LRPLayer):
         x = given["input"]
         with interception:
             return x / x.norm(given["p"], given["dim"], keepdim=True).clamp_min(given["eps"])
+
+
+class ReciprocalLRP(LRPLayer):
+    """Reciprocals, also of roots: what multiplies by one divides, and a divisor gets nothing."""
+
+    functions = named("reciprocal", "rsqrt", "__rtruediv__", "__rdiv__")
+
+    @classmethod
+    def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls `function`."""
+        z = function(*args, **kwargs)
+        if interception.listens() and any(map(interception.carries, tensors_in(*args, *kwargs.values()))):
+            interception.divide(z, repr(getattr(function, "__name__", function)))
+        return z
 
 
 class SoftmaxLRP(LRPLayer):

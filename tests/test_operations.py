@@ -317,6 +317,43 @@ def test_constants_in_a_concatenation_keep_their_part() -> None:
     close(down, relevance * mask)
 
 
+DIVISIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rsqrt": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "one over": lambda x: 1 / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * x,
+    "reciprocal": lambda x: x.mul((x.square().mean(-1, keepdim=True) + 1e-5).sqrt().reciprocal()),
+    "power": lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-5) ** -0.5,
+    "divisor twice over": lambda x: x / (1 / (1 / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())),
+    "in place": lambda x: x.clone().mul_(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)),
+}
+
+
+@pytest.mark.parametrize("form", DIVISIONS)
+def test_division_by_what_comes_from_the_input_keeps_relevance(form: str) -> None:
+    """As in the norms of LLaMA and T5."""
+    relevance, (down,) = shared(DIVISIONS[form], images(3, 5))
+    close(down, relevance)
+
+
+@every_rule
+def test_a_norm_written_out_is_explained_under_every_rule(rule: str) -> None:
+    class RMSNorm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), RMSNorm(), nn.Linear(5, 3)).double()
+    x = images(4, 6)
+    found = athena.lrp(model, x, rule=RULES[rule][0])
+    model[1] = nn.RMSNorm(5, eps=1e-5, elementwise_affine=False)
+    close(found.input, athena.lrp(model, x, rule=RULES[rule][0]).input)
+
+
+@pytest.mark.parametrize("use", [lambda r, x: r + x, lambda r, x: r.sum(-1, keepdim=True) * r, lambda r, x: r])
+def test_relevance_that_comes_to_a_divisor_is_refused(use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(athena.UnsupportedLayer, match="rsqrt"):
+        shared(lambda x: use(torch.rsqrt(x.square() + 1), x), images(3, 5))
+
+
 def test_what_is_brought_to_unit_length_keeps_its_relevance() -> None:
     """As queries and keys in cosine attention."""
     x = torch.cat([images(3, 4), torch.zeros(1, 4, dtype=torch.float64)])
