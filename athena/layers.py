@@ -295,7 +295,7 @@ class AveragePoolingLRP(LRPLayer):
     functions = (
         *named("avg_pool1d", "avg_pool2d", "avg_pool3d", "mean", "neg", "negative", "__neg__"),
         *named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-        *named("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"),
+        *named("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "cumsum"),
     )
 
 
@@ -309,7 +309,8 @@ class FlattenLRP(LRPLayer):
         *named("swapdims", "permute", "movedim", "moveaxis", "expand", "expand_as", "broadcast_to", "repeat", "tile"),
         *named("repeat_interleave", "roll", "flip", "select", "narrow", "chunk", "split", "tensor_split", "unbind"),
         *named("unfold", "fold", "gather", "index_select", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
-        *named("channel_shuffle", "diagonal", "__getitem__", "ravel", "rot90"),
+        *named("channel_shuffle", "diagonal", "__getitem__", "ravel", "rot90", "reshape_as", "type", "tril", "triu"),
+        *named("hsplit", "vsplit", "dsplit", "take", "masked_select"),
         *(getattr(Tensor, name).__get__ for name in ("T", "mT", "data")),
     )
 
@@ -454,7 +455,8 @@ class ConcatenationLRP(LRPLayer):
     """Concatenation, stacking, selection by a mask and padding: each gets back its own. What is constant keeps it."""
 
     functions = named(
-        *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "where", "masked_fill", "pad"),
+        *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack"),
+        *("where", "masked_fill", "pad"),
     )
 
     @classmethod
@@ -588,13 +590,13 @@ class ProductLRP(LRPLayer):
 class MatrixProductLRP(ProductLRP):
     """Products of two matrices: of ``a W`` with a parameter ``W`` it makes the linear layer that it is."""
 
-    functions = named("matmul", "__matmul__", "mm", "addmm")
+    functions = named("matmul", "__matmul__", "mm", "addmm", "baddbmm")
     affine = True
 
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`, or what does the same."""
-        operands = [*args, *(kwargs[name] for name in ("input", "mat1", "mat2", "other") if name in kwargs)]
+        operands = [*args, *(kwargs[name] for name in ("input", *FACTORS) if name in kwargs)]
         added = operands.pop(0) if function in ADDING else None
         a, b = operands
         beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
@@ -607,7 +609,8 @@ class MatrixProductLRP(ProductLRP):
             return beta * added + alpha * (a @ b)
 
 
-ADDING = named("addmm")
+ADDING = named("addmm", "baddbmm")
+FACTORS = ("mat1", "batch1", "mat2", "batch2", "other")
 
 
 def linear_transpose(a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -223,6 +223,11 @@ def test_a_product_of_matrices_with_anything_added_is_explained_term_by_term() -
     _, found = shared(lambda a, b, c: torch.addmm(c, a, b, beta=2, alpha=3), a, b, c, start=start)
     for ours, theirs in zip(found, expected, strict=True):
         close(ours, theirs)
+    a, b, c, start = images(2, 3, 4), images(2, 4, 5), images(2, 3, 5), images(2, 3, 5)
+    _, expected = shared(lambda a, b, c: c + a @ b, a, b, c, start=start)
+    _, found = shared(lambda a, b, c: torch.baddbmm(c, batch2=b, batch1=a), a, b, c, start=start)
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
 
 
 def test_a_divisor_gets_nothing() -> None:
@@ -282,6 +287,10 @@ LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
     "expand": lambda x: x.unsqueeze(1).expand(-1, 3, -1, -1, -1),
     "repeat": lambda x: x.repeat(1, 1, 2, 1),
+    "lower triangle": torch.tril,
+    "cumulative sum": lambda x: x.cumsum(2),
+    "type": lambda x: x.type(torch.float64),
+    "columns": lambda x: torch.column_stack([x, x]),
     "view": lambda x: x.view(len(x), -1).unflatten(1, (4, -1)),
     "identity": nn.Identity(),
 }
