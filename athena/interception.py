@@ -36,7 +36,7 @@ class LRPLayer:
 
     Attributes:
         functions: which ones. To define a subclass is to have them run by it.
-        affine: whether it is a layer with weights and a rule.
+        affine: whether what they run may be a layer with weights, and so the first that guidance wants.
         passes: whether relevance goes from its output to its one operand just as the gradient does.
     """
 

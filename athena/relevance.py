@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from athena.interception import Interception, Paths, Phase, Record, UnsupportedLayer, mapped, tensors_in
-from athena.layers import LinearLRP
+from athena.layers import Affine, LinearLRP
 from athena.rules import Epsilon, RuleChoice, RuleFor
 
 __all__ = ["Relevance", "lrp", "start"]
@@ -45,7 +45,7 @@ class Relevance:
         Weights used again in the same pass are listed as ``path#2``, ``path#3``. Where batch norm is merged into a
         layer, it is the output of both.
         """
-        reached = [(record, d) for record, d in self._records if record.layer.affine]
+        reached = [(record, d) for record, d in self._records if isinstance(record, Affine)]
         return {record.path: self._phase.of(record.z, d) for record, d in reached}
 
     def conservation(self) -> pd.DataFrame:
