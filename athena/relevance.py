@@ -101,7 +101,10 @@ def lrp(
     given = x if isinstance(x, tuple) else (x,)
     for tensor in given:
         if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise TypeError(f"x is {_described(tensor)}; lrp explains a floating point tensor (batch, ...)")
+            raise TypeError(
+                f"x is {_described(tensor)}; lrp explains a floating point tensor (batch, ...): give an image as "
+                "x.float(), and tokens as what their embedding makes of them, to the part of the model above it"
+            )
     full_precision = _full_precision(given[0].device.type)
     with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model), full_precision as full:
         given = tuple(full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
