@@ -295,7 +295,7 @@ class AveragePoolingLRP(LRPLayer):
     functions = (
         *named("avg_pool1d", "avg_pool2d", "avg_pool3d", "mean", "neg", "negative", "__neg__"),
         *named("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-        *named("interpolate", "upsample", "upsample_nearest", "upsample_bilinear", "cumsum"),
+        *named("interpolate", "upsample", "upsample_nearest", "upsample_bilinear"),
     )
 
 

@@ -288,7 +288,6 @@ LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
     "expand": lambda x: x.unsqueeze(1).expand(-1, 3, -1, -1, -1),
     "repeat": lambda x: x.repeat(1, 1, 2, 1),
     "lower triangle": torch.tril,
-    "cumulative sum": lambda x: x.cumsum(2),
     "type": lambda x: x.type(torch.float64),
     "columns": lambda x: torch.column_stack([x, x]),
     "view": lambda x: x.view(len(x), -1).unflatten(1, (4, -1)),
