@@ -418,18 +418,20 @@ class ActivationLRP(LRPLayer):
         only_absolute: bool = False,
     ) -> Any:
         """Calls `function`; in-place ones end with a copy into their operand."""
-        x = args[0] if args else kwargs["input"]
-        if not (x.requires_grad and interception.listens()):
+        if not interception.listens():
             return function(*args, **kwargs)
         name = getattr(function, "__name__", type(function).__name__).strip("_")
+        others = *args[1:], *(value for key, value in kwargs.items() if key != "input")
+        if any(map(interception.carries, others)):
+            z = function(*args, **kwargs)
+            interception.refuse(z.grad_fn, f"{name!r} by what depends on the input")
+            return z
+        x = args[0] if args else kwargs.get("input")
+        if not (isinstance(x, Tensor) and x.requires_grad):
+            return function(*args, **kwargs)
         exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
         if name in ("pow", "ipow") and isinstance(exponent, int | float) and exponent < 0:
             return ReciprocalLRP.run(interception, function, args, kwargs)
-        others = *args[1:], *(value for name, value in kwargs.items() if name != "input")
-        if any(map(interception.carries, others)):
-            z = function(*args, **kwargs)
-            interception.refuse(z.grad_fn, f"{name!r} of more than one tensor")
-            return z
 
         def fork(z: Tensor) -> Tensor:
             path = interception.within(name)

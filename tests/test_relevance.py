@@ -679,6 +679,7 @@ UNSUPPORTED: dict[str, Callable[[Tensor], Tensor]] = {
     "division by activations": lambda x: 1 / x,
     "recurrence": lambda x: torch.lstm_cell(x, (x, x), torch.zeros(20, 5).double(), torch.zeros(20, 5).double())[0],
     "power of an activation": lambda x: x.abs() ** x,
+    "power of a number": lambda x: torch.pow(2.0, x),
     "angle": lambda x: torch.atan2(x, x),
     "in place": lambda x: x.sin_(),
 }
