@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "target": ("predicted", "softmax", "logits", "label"),
     "normalise": guidance.NORMALISE,
     "granularity": guidance.GRANULARITY,
-    "precision": ("float32", "bfloat16"),
+    "precision": ("float32", "tf32", "bfloat16"),
     "monitor": (None, "validation", "test"),
     "restore_best": (True, False),
 }
@@ -58,7 +58,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
 SINCE: dict[str, Any] = {"every": 1}
 """Fields that came after the first results, with the value that all runs had before."""
 ONE_AT_A_TIME = threading.Lock()
-"""Random state and thread count belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
+"""Random state and `_settings` belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Run:
         rule: a rule of `athena.rules` as text, ``"Epsilon(1e-06)"``.
         target, scope, normalise, granularity: as for `athena.Guidance`; target ``"predicted"`` is its None.
         batch_size, learning_rate: of Adam. The thesis names neither.
-        precision: ``"float32"``, or ``"bfloat16"`` for autocast.
+        precision: ``"float32"``; ``"tf32"``, the same but for convolutions on a GPU, which multiply in TF32, as
+            PyTorch lets them unless told otherwise; ``"bfloat16"`` for autocast.
         monitor: what early stopping looks at: None for no early stopping; ``"validation"``, a tenth of the training
             set, held out, the same for every run (fractions are then of the rest); ``"test"``, the test set itself.
         window: batches between two looks (k in thesis 7.2.3), as a share of the batches in an epoch.
@@ -300,7 +301,8 @@ class _Loop:
         """The batches of each epoch, as indices."""
         order = torch.Generator().manual_seed(self.run.seed)
         for _ in range(self.run.epochs):
-            yield torch.randperm(len(self.images.train_labels), generator=order).split(self.run.batch_size)
+            shuffled = torch.randperm(len(self.images.train_labels), generator=order)
+            yield shuffled.to(self.device).split(self.run.batch_size)  # at once: a copy in each step waits for the GPU
 
     def run_epochs(self) -> None:
         for batches in self.shuffled():
@@ -322,7 +324,6 @@ class _Loop:
         self.model.train()
         begin = _now(self.device)
         for index in batches:
-            index = index.to(self.device)
             x = self.images.train_images[index].contiguous(memory_format=torch.channels_last)
             y = self.images.train_labels[index]
             self.optimizer.zero_grad()
@@ -384,14 +385,32 @@ class _EarlyStopping:
 
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
-    """While no other run is at work: the run's number of threads, and gradients on, as they were before afterwards."""
+    """While no other run is at work: what decides its last bits, and gradients on, as they were before afterwards."""
     with ONE_AT_A_TIME, torch.enable_grad():
-        before = torch.get_num_threads()
+        settings = _settings(run)
+        before = [getattr(owner, name) for owner, name, _ in settings]
+        threads = torch.get_num_threads()
         torch.set_num_threads(run.threads)
         try:
+            for owner, name, value in settings:
+                setattr(owner, name, value)
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads)
+            for (owner, name, _), value in zip(settings, before, strict=True):
+                setattr(owner, name, value)
+
+
+def _settings(run: Run) -> list[tuple[Any, str, Any]]:
+    """What PyTorch is told during a run: a GPU gives the same bits each time, and no product is rounded unasked."""
+    cuda, cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cuda", "cudnn", "mkldnn"))
+    rounded = "tf32" if run.precision == "tf32" else "ieee"
+    return [
+        (cudnn, "deterministic", True),
+        (cudnn, "benchmark", False),
+        (cudnn.conv, "fp32_precision", rounded),
+        *((products, "fp32_precision", "ieee") for products in (cuda.matmul, mkldnn.conv, mkldnn.matmul)),
+    ]
 
 
 def _now(device: torch.device) -> float:

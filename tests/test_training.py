@@ -127,6 +127,25 @@ def test_random_states_threads_and_grad_mode_are_left_as_they_were() -> None:
         assert state() == before
 
 
+def test_float32_is_float32_whatever_the_program_has_set() -> None:
+    before = bits(train(GUIDED))
+    own = [getattr(backend, name) for backend, name, _ in training._settings(GUIDED)]
+    torch.set_float32_matmul_precision("medium")  # products of float32 in bfloat16, where the processor can
+    try:
+        assert bits(train(GUIDED)) == before
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for (backend, name, _), value in zip(training._settings(GUIDED), own, strict=True):
+            setattr(backend, name, value)
+
+
+def test_without_a_gpu_tf32_is_float32_under_another_key() -> None:
+    rounded = replace(GUIDED, precision="tf32")
+    assert bits(train(rounded, "cpu")) == bits(train(GUIDED, "cpu"))
+    assert rounded.key != GUIDED.key
+
+
 def test_a_run_trains_under_no_grad_too_and_leaves_it_on() -> None:
     with torch.no_grad():
         result = train(TINY)
