@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -356,7 +357,9 @@ def _run(line: dict[str, Any]) -> Run:
 
 
 def _train(run: Run, device: str | None) -> dict[str, Any]:
-    return train(run, device).line()
+    line = train(run, device).line()
+    torch.cuda.empty_cache()  # what a process keeps for its next run, another one on the same GPU may need now
+    return line
 
 
 def _trained(

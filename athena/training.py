@@ -290,7 +290,7 @@ class _Loop:
         self.seconds = 0.0
         self.steps = 0
         self.stopped_at: int | None = None
-        self.stopping = None if run.monitor is None else _EarlyStopping(self)
+        self.stopping = None if run.monitor is None else _EarlyStopping(run, self.images)
 
     @property
     def diverged(self) -> dict[str, Any] | None:
@@ -310,11 +310,11 @@ class _Loop:
                 window = len(batches) if self.stopping is None else self.stopping.window
                 self.train_on(batches[:window])
                 batches = batches[window:]
-                if self.stopping is not None and self.stopping.look():
+                if self.stopping is not None and self.stopping.look(self):
                     self.stopped_at = self.steps
             last = self.stopped_at is not None or len(self.accuracy) == self.run.epochs - 1
             if last and self.stopping is not None and self.run.restore_best:
-                self.stopping.restore()
+                self.stopping.restore(self)
             self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
             if self.stopped_at is not None:
                 break
@@ -355,12 +355,13 @@ class _Loop:
 
 
 class _EarlyStopping:
-    """Batch-wise early stopping (thesis 7.2.3): a look after every k batches, the end after l without gain."""
+    """Batch-wise early stopping (thesis 7.2.3): a look after every k batches, the end after l without gain.
 
-    def __init__(self, loop: _Loop) -> None:
-        run, images = loop.run, loop.images
+    It does not hold its loop, which would then keep its images, a gigabyte on a GPU, until a collection of garbage.
+    """
+
+    def __init__(self, run: Run, images: data.Data) -> None:
         batches = -(-len(images.train_labels) // run.batch_size)
-        self.loop = loop
         self.window = max(1, round(run.window * batches))
         self.patience = max(1, round(run.patience * batches))
         self.monitored = (
@@ -371,16 +372,16 @@ class _EarlyStopping:
         self.best, self.best_at = -1.0, 0
         self.weights: dict[str, Tensor] = {}
 
-    def look(self) -> bool:
+    def look(self, loop: _Loop) -> bool:
         """Whether it is time to stop."""
-        score = self.loop.score(*self.monitored)
+        score = loop.score(*self.monitored)
         if score > self.best:
-            self.best, self.best_at = score, self.loop.steps
-            self.weights = {name: value.clone() for name, value in self.loop.model.state_dict().items()}
-        return self.loop.steps - self.best_at >= self.patience
+            self.best, self.best_at = score, loop.steps
+            self.weights = {name: value.clone() for name, value in loop.model.state_dict().items()}
+        return loop.steps - self.best_at >= self.patience
 
-    def restore(self) -> None:
-        self.loop.model.load_state_dict(self.weights)
+    def restore(self, loop: _Loop) -> None:
+        loop.model.load_state_dict(self.weights)
 
 
 @contextmanager

@@ -307,12 +307,14 @@ def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
     arms = arms_of(title, device)
     order = random.Random(0)
     most = max(arm.every for arm in arms)
-    for _ in range(WARM_UP + -(-steps * NETWORKS[title].steps // most) * most):
+    for number in range(WARM_UP + -(-steps * NETWORKS[title].steps // most) * most):
+        if number == WARM_UP:
+            for arm in arms:
+                arm.seconds, arm.bytes = [], 0  # on a GPU the first steps also bring what its libraries work in
         x, labels = batch(title, device)
         for arm in order.sample(arms, len(arms)):
             arm.step(x, labels)
     for place, arm in enumerate(arms):
-        del arm.seconds[:WARM_UP]
         if device == "cpu" and memory.told():
             arm.bytes = memory.in_fresh_process(memory.GIVEN_BACK, peak_of, title, place, threads)
     return arms

@@ -1,5 +1,6 @@
 """Claims about `athena.train`: the same bits each time, pairs that differ in guidance alone, honest early stopping."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -415,6 +417,25 @@ def test_seconds_count_training_alone(monkeypatch: pytest.MonkeyPatch, monitor: 
     assert len(slept) == (3 if monitor is None else 9)
 
 
+@pytest.mark.parametrize("run", [GUIDED, replace(GUIDED, monitor="validation")], ids=["to the end", "early stopping"])
+def test_a_run_that_has_ended_holds_no_images(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[data.Data]] = []
+    load = data.load
+
+    def watched_load(*args: Any) -> data.Data:
+        images = load(*args)
+        loaded.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(data, "load", watched_load)
+    gc.disable()
+    try:
+        result = train(run)
+    finally:
+        gc.enable()
+    assert result.accuracy and [images() for images in loaded] == [None]
+
+
 def test_peak_memory_is_that_of_a_process_that_holds_the_network() -> None:
     assert train(TINY).peak_bytes > 4 * sum(p.numel() for p in models.mlp().parameters())
 
@@ -482,10 +503,10 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     scores: list[float] = []
     score, look = training._Loop.score, training._EarlyStopping.look
 
-    def watched_look(self: Any) -> bool:
+    def watched_look(self: Any, loop: Any) -> bool:
         with monkeypatch.context() as patch:
             patch.setattr(training._Loop, "score", lambda *arguments: scores.append(score(*arguments)) or scores[-1])
-            return look(self)
+            return look(self, loop)
 
     monkeypatch.setattr(training._EarlyStopping, "look", watched_look)
     return scores
