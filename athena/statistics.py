@@ -260,6 +260,18 @@ def summary(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float, 
     return _mean(numbers), float(bounds.confidence_interval.low), float(bounds.confidence_interval.high)
 
 
+def paired(frame: pd.DataFrame, by: str = "factor") -> pd.DataFrame:
+    """Those runs of `frame` that have a partner: the same share of the data and seed, another value of `by`.
+
+    The means of two arms, as curves show them, are then means over the same seeds.
+
+    Args:
+        frame: runs of two arms, as `athena.results` gives them.
+        by: the field in which the arms differ.
+    """
+    return frame[frame.groupby(["fraction", PAIRING])[by].transform("nunique") > 1]
+
+
 def verdict(row: Mapping[str, Any] | pd.Series) -> str:
     """What one row of `compare` allows to say: "gain", "loss" or "no effect shown".
 

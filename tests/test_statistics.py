@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from athena.statistics import compare, data_efficiency, ratio, run_fields, summary, verdict
+from athena.statistics import compare, data_efficiency, paired, ratio, run_fields, summary, verdict
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -455,3 +455,12 @@ def test_eight_seeds_of_clear_gain_are_a_gain_and_its_mirror_a_loss():
     plain, guided = [0.5] * 8, [0.5 + d / 100 for d in range(1, 9)]
     assert verdict(only(compare(study(*arms(plain, guided))))) == "gain"
     assert verdict(only(compare(study(*arms(guided, plain))))) == "loss"
+
+
+def test_paired_leaves_the_runs_with_a_partner():
+    frame = pd.DataFrame(
+        [(0.1, 0, 0.0), (0.1, 0, 0.1), (0.1, 1, 0.0), (0.5, 1, 0.1), (0.5, 2, 0.0), (0.5, 2, 0.1)],
+        columns=["fraction", "seed", "factor"],
+    )
+    assert list(paired(frame).index) == [0, 1, 4, 5]
+    assert paired(frame.iloc[:0]).empty
