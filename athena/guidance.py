@@ -59,7 +59,8 @@ class Guidance:
     whose factors are all 0, and one that `every` leaves out, is exactly the model's own.
 
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
-    is rounded away: a factor of 0.001 then does nothing where relevance stays below 2.
+    is rounded away: a factor of 0.001 then does nothing where relevance stays below 2. In float16 a gradient that
+    overflows is left to the loss scaler (`torch.amp.GradScaler`), as without guidance; a relevance that does is not.
 
     A copy of the model trains plainly, be it made by ``copy.deepcopy`` or in another process.
 
@@ -268,7 +269,9 @@ class _Watch:
     def scale(self, relevance: Tensor, factor: float, path: str, gradient: Tensor) -> Tensor:
         scaled = torch.addcmul(gradient, gradient, relevance.to(gradient.dtype), value=factor)
         self.sums.pop(path, None)
-        self.sums[path] = factor, scaled.sum(dtype=torch.float32)
+        # in float16 gradients overflow without relevance too, and a loss scaler leaves out the step
+        watched = relevance if gradient.dtype == torch.float16 else scaled
+        self.sums[path] = factor, watched.sum(dtype=torch.float32)
         if len(self.sums) == len(self.paths):
             self._look()
         return scaled

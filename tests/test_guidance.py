@@ -552,6 +552,42 @@ def test_bfloat16_autocast_rounds_a_scaling_below_its_precision_away(network: st
     assert all(torch.equal(guided[name], plain[name]) for name in plain)
 
 
+def test_in_float16_an_overflow_of_the_loss_scale_is_the_scalers_to_mend() -> None:
+    model = narrow_mlp().float()
+    x, labels = batch(model, 16)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = copy.deepcopy(model.state_dict())
+    athena.Guidance(model, factor=0.5, scope="all", rule=Epsilon(0.01))
+    skipped = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = F.cross_entropy(model(x.float()), labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        skipped.append(all(torch.equal(value, before[name]) for name, value in model.state_dict().items()))
+        scaler.update()
+    assert skipped[0] and not skipped[-1]
+    assert scaler.get_scale() < 2.0**24
+
+
+def test_in_float16_a_relevance_that_overflows_is_noticed() -> None:
+    model = narrow_mlp().float()
+    x, labels = batch(model, 16)
+    with torch.no_grad():
+        model.linear3.weight.mul_(50.0)  # outputs that can bear a relevance near the largest number of float16
+
+    def near_the_largest(output: Tensor) -> Tensor:
+        return torch.full_like(output, 6e4) * torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+    athena.Guidance(model, factor=0.5, scope="all", target=near_the_largest, rule=Zero())
+    with torch.autocast("cpu", torch.float16):
+        loss = F.cross_entropy(model(x.float()), labels)
+    with pytest.raises(athena.DivergedError, match="not finite"):
+        loss.backward()
+
+
 def test_what_lies_below_the_guided_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook on a node of the graph keeps the gradient that comes by: half as much memory again in the thesis's CNN."""
     hooked: list[str] = []
