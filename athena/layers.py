@@ -50,6 +50,7 @@ __all__ = [
     "DivisionLRP",
     "DropoutLRP",
     "FlattenLRP",
+    "GatedLRP",
     "LinearLRP",
     "MatrixProductLRP",
     "MaxPoolingLRP",
@@ -653,6 +654,22 @@ class UnitLengthLRP(LRPLayer):
         x = given["input"]
         with interception:
             return x / x.norm(given["p"], given["dim"], keepdim=True).clamp_min(given["eps"])
+
+
+class GatedLRP(LRPLayer):
+    """The gated linear unit: one half of the channels times the sigmoid of the other, a product of two factors."""
+
+    functions = named("glu")
+
+    @classmethod
+    def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Calls the parts of `function`."""
+        if not interception.listens():
+            return function(*args, **kwargs)
+        given = _arguments(function, args, kwargs)
+        with interception:
+            x, gate = given["input"].chunk(2, given["dim"])
+            return x * gate.sigmoid()
 
 
 class ReciprocalLRP(LRPLayer):

@@ -370,6 +370,12 @@ def test_what_is_brought_to_unit_length_keeps_its_relevance() -> None:
         close(down, relevance * (x != 0))
 
 
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_gated_unit_gives_half_to_what_passes_and_half_to_the_gate(dim: int) -> None:
+    relevance, (down,) = shared(functools.partial(F.glu, dim=dim), images(3, 4, 6))
+    close(down, torch.cat([relevance / 2, relevance / 2], dim))
+
+
 # Norms
 
 
