@@ -405,6 +405,7 @@ class ActivationLRP(LRPLayer):
         *("gelu", "silu", "silu_", "elu", "elu_", "celu", "celu_", "selu", "selu_", "mish", "mish_", "hardswish"),
         *("hardswish_", "hardtanh", "hardtanh_", "relu6", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_", "tanh"),
         *("tanh_", "softplus", "logsigmoid", "softsign", "tanhshrink", "softshrink", "hardshrink", "expit"),
+        *("erf", "erf_"),
         *("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "square"),
         *("square_", "sqrt", "sqrt_", "pow", "pow_", "__pow__", "__ipow__"),
     )

@@ -83,6 +83,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid method": Tensor.sigmoid,
     "hard sigmoid": F.hardsigmoid,
     "tanh": torch.tanh,
+    "erf": torch.erf,
     "softplus": F.softplus,
     "softsign": F.softsign,
     "clamp": lambda x: x.clamp(-0.5, 0.8),
