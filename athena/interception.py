@@ -79,10 +79,17 @@ class Phase:
     Attributes:
         relevance: as relevance, or as ordinary gradients.
         absolute: whether a rule gives relevance to neurons that are 0; ``R = z d`` is then read with `nonzero`.
+        account: whether records are read once relevance has gone through, and so keep what they know.
     """
 
     relevance = False
     absolute = False
+    account = True
+
+    @property
+    def passes_once(self) -> bool:
+        """Whether nothing goes through the graph any more after the pass that runs now, nor is read of its records."""
+        return self.relevance and not self.account and not _keeps_graph()
 
     def of(self, z: Tensor, d: Tensor) -> Tensor:
         """The relevance ``z d``."""
@@ -164,6 +171,11 @@ class Record:
         """Whether it sends on nothing from where `z` is 0."""
         return False
 
+    @property
+    def needs_z(self) -> bool:
+        """Whether sending relevance on takes `z`."""
+        return False
+
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
@@ -208,6 +220,8 @@ class Fork(torch.autograd.Function):
             return None, None, None
         if not record.phase.relevance:
             return record.guided(gradient), None, None
+        if record.phase.passes_once:
+            ctx.record = None
         return *record.down(gradient), None
 
 
@@ -261,6 +275,7 @@ class Interception(TorchFunctionMode):
             run before the first with one that is not 0 get no relevance and are left alone. None where relevance itself
             is wanted, and no weight gradients.
         sources: the tensors to explain, leaves of the graph.
+        account: whether it is also wanted what each operation held and absorbed of the relevance.
 
     Attributes:
         phase: shared by everything this pass leaves behind.
@@ -274,11 +289,13 @@ class Interception(TorchFunctionMode):
         rules: RuleChoice,
         guided: Callable[[str, type[LRPLayer]], float] | None = None,
         sources: Sequence[Tensor] = (),
+        account: bool = False,
     ) -> None:
         super().__init__()
-        self.paths, self.rules, self.guided, self.sources = paths, rules, guided, sources
+        self.paths, self.rules, self.guided, self.sources, self.account = paths, rules, guided, sources, account
         self.absolute = rules.absolute
         self.phase = Phase()
+        self.phase.account = account
         self.records: list[Record] = []
         self.edges: list[GradientEdge] = []
         self.affine: dict[Any, tuple[int, Tensor]] = {}
@@ -303,9 +320,19 @@ class Interception(TorchFunctionMode):
             del kept.value
         self._kept.clear()
 
+    def attach(self) -> None:
+        """Has the graph send relevance down as the records say."""
+        for record, edge in zip(self.records, self.edges, strict=True):
+            record.attach(edge.node)
+
+    def let_go(self) -> None:
+        """Lets go of all that is remembered, of which the graph holds what relevance needs on its way down."""
+        for held in (self.records, self.edges, self.affine, self._kept, self._fresh):
+            held.clear()
+
     @property
     def explains(self) -> bool:
-        """Whether relevance itself is wanted, with its account, and no weight gradients."""
+        """Whether relevance itself is wanted, and no weight gradients."""
         return self.guided is None
 
     @property
@@ -423,7 +450,8 @@ class Interception(TorchFunctionMode):
         """The place of `z` in the graph, after `record` has kept it."""
         node: Any = z.grad_fn
         self._goals.add(node)
-        record.kept = self._fresh[node] = self._remember(z, record.path)
+        if self.account or self.guided is not None or record.needs_z:
+            record.kept = self._fresh[node] = self._remember(z, record.path)
         return GradientEdge(node, z.output_nr)
 
     def listens(self) -> bool:

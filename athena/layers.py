@@ -147,6 +147,11 @@ class Affine(Record):
         """See `Record.stabilises`."""
         return self.rule.stabiliser > 0
 
+    @property
+    def needs_z(self) -> bool:
+        """See `Record.needs_z`."""
+        return self.stabilises or self.a is not None
+
     def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
         """See `Record.below`."""
         if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
@@ -164,7 +169,10 @@ class Affine(Record):
         if gradient is None:
             return None
         if self.phase.relevance:
-            return (self.share(gradient),)
+            s = self.share(gradient)
+            if self.phase.passes_once:
+                self.kept = None
+            return (s,)
         return None if self.scale is None else (self.guided(gradient),)
 
     def share(self, d: Tensor, relevance: Tensor | None = None) -> Tensor:
@@ -438,7 +446,7 @@ class ActivationLRP(LRPLayer):
         def fork(z: Tensor) -> Tensor:
             path = interception.within(name)
             measured = None
-            if interception.explains and name in NOT_0_AT_0:
+            if interception.account and name in NOT_0_AT_0:
                 measured = Measured(path, cls, interception.phase)
             kept = interception.keep(x, path), interception.keep(z, path)
             z = Fork.apply(z, x, Activation(path, interception.phase, *kept, only_absolute, measured))
@@ -465,11 +473,11 @@ class ConcatenationLRP(LRPLayer):
 
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Calls `function`, and takes the account of its constants where relevance is explained."""
+        """Calls `function`, and takes its constants into the account."""
         parts = tensors_in(*args, *kwargs.values())
         constant = function in PADDING and not (kwargs.get("value") or (len(args) > 3 and args[3]))
         constant = not constant and (function in FILLING or any(not interception.carries(part) for part in parts))
-        if not (constant and interception.explains):
+        if not (constant and interception.account):
             return function(*args, **kwargs)
         return _measured(cls, interception, function, args, kwargs)
 
@@ -536,7 +544,7 @@ class AdditionLRP(LRPLayer):
                 else function(*args, **kwargs)
             )
         z = function(*args, **kwargs)
-        if interception.explains and any(borne):
+        if interception.account and any(borne):
             weights = cls._weights(function, kwargs.get("alpha", 1))
             constant = next(
                 w * summand for w, summand, bears in zip(weights, summands, borne, strict=True) if not bears
@@ -575,7 +583,7 @@ class ProductLRP(LRPLayer):
         if not interception.listens() or factors + divided < 2:
             return function(*args, **kwargs)
         measured = None
-        if interception.explains and interception.absolute:  # no factor can bear what was sent to a product of 0
+        if interception.account and interception.absolute:  # no factor can bear what was sent to a product of 0
             measured = Measured(interception.within("product"), cls, interception.phase)
 
         def portion(factor: Tensor) -> Tensor:
@@ -695,7 +703,7 @@ class SoftmaxLRP(LRPLayer):
     @classmethod
     def run(cls, interception: Interception, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls `function`."""
-        if not interception.explains:
+        if not interception.account:
             return function(*args, **kwargs)
         return _measured(cls, interception, function, args, kwargs)
 
@@ -719,9 +727,7 @@ class AttentionLRP(LRPLayer):
         weighed = interception.carries(operands["value"])
         ways = (1 if scored else 0) + (1 if weighed else 0)
         shares = {name: 1 / ways / len(scored) for name in scored} | ({"value": 1 / ways} if weighed else {})
-        measured = (
-            Measured(interception.within("attention"), cls, interception.phase) if interception.explains else None
-        )
+        measured = Measured(interception.within("attention"), cls, interception.phase) if interception.account else None
         for name, share in shares.items():
             operands[name] = Portion.apply(operands[name], share, interception.phase, measured)
         z = function(*(operands.pop(name) for name in ("query", "key", "value")), *args[3:], **operands)
@@ -928,9 +934,10 @@ class BatchNormLRP(NormalisationLRP):
                 z = Fork.apply(z, a, merged)
             interception.replace(place, merged, z)
             return z
-        record = Record(interception.path_of(weight), cls, interception.phase)
-        record.bias = shift.view(-1, *[1] * (x.dim() - 2))
-        interception.add(record, z)
+        if interception.account:
+            record = Record(interception.path_of(weight), cls, interception.phase)
+            record.bias = shift.view(-1, *[1] * (x.dim() - 2))
+            interception.add(record, z)
         return z
 
 

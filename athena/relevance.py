@@ -1,14 +1,17 @@
 """One relevance pass over any model: `lrp`, and the `Relevance` it returns.
 
 An explanation is one forward pass through LRP layers (`athena.layers`) and one gradient from a chosen start to the
-input. Not here: training with relevance (`athena.guidance`).
+input; what the layers between held is found by a second such pass, where it is asked for. Not here: training with
+relevance (`athena.guidance`).
 """
 
+import functools
+import math
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -27,16 +30,31 @@ Target = None | int | Tensor | str | Callable[[Any], Any]
 class Relevance:
     """What `lrp` returns.
 
+    What it holds is as large as the input and the output. `layers` and `conservation` are worked out by a second pass,
+    when one of them is first asked for, and kept from then on. Until then the model and the input have to stay as they
+    were.
+
     Attributes:
         input: relevance of the input, in its shape and dtype; a tuple where there were several.
         output: the relevance the pass started from, (batch, classes), or as `target` gave it.
     """
 
-    def __init__(
-        self, inputs: Any, output: Any, total: float, phase: Phase, records: list[tuple[Record, Tensor]]
-    ) -> None:
-        self.input, self.output = inputs, output
-        self._total, self._phase, self._records = total, phase, records
+    def __init__(self, found: "_Pass", again: Callable[[], "_Pass"], single: bool) -> None:
+        self.input: Any = found.inputs[0] if single else found.inputs
+        self.output = found.output
+        self._sizes, self._again = _sizes(found.inputs), again
+
+    @cached_property
+    def _account(self) -> "_Pass":
+        """The same pass once more, with the account of all layers."""
+        found = self._again()
+        for part, before, now in zip(found.inputs, self._sizes, _sizes(found.inputs), strict=True):
+            if not torch.allclose(now, before, rtol=torch.finfo(part.dtype).eps ** 0.5, atol=0.0, equal_nan=True):
+                raise RuntimeError(
+                    "the model explains this input differently by now, so what its layers held can no longer be told: "
+                    "ask for layers or conservation() before it is trained on or changed, or explain it anew"
+                )
+        return found
 
     @cached_property
     def layers(self) -> dict[str, Tensor]:
@@ -44,9 +62,13 @@ class Relevance:
 
         Weights used again in the same pass are listed as ``path#2``, ``path#3``. Where batch norm is merged into a
         layer, it is the output of both.
+
+        Raises:
+            RuntimeError: the model, or the input, has changed since the explanation.
         """
-        reached = [(record, d) for record, d in self._records if isinstance(record, Affine)]
-        return {record.path: self._phase.of(record.z, d) for record, d in reached}
+        found = self._account
+        reached = [(record, d) for record, d in found.records if isinstance(record, Affine)]
+        return {record.path: found.phase.of(record.z, d) for record, d in reached}
 
     def conservation(self) -> pd.DataFrame:
         """Where the relevance went, summed over the batch in float64, from the output down.
@@ -59,15 +81,17 @@ class Relevance:
             and all that was absorbed (thesis 3.6.1). ``bias`` holds whatever is added to a sum regardless of the
             input: biases, constants, the shift of a norm, and what softmax has beyond the first order of its Taylor
             series.
+
+        Raises:
+            RuntimeError: the model, or the input, has changed since the explanation.
         """
-        rows = []
-        for record, d in reversed(self._records):
+        found, rows = self._account, []
+        for record, d in reversed(found.records):
             bias, stabiliser = record.absorbed(d)
-            relevance = self._phase.of(record.z, d).double().nan_to_num(0.0).sum().item()
-            share = (bias + stabiliser) / self._total if self._total else 0.0
+            relevance = found.phase.of(record.z, d).double().nan_to_num(0.0).sum().item()
+            share = (bias + stabiliser) / found.total if found.total else 0.0
             rows.append((record.path, relevance, bias, stabiliser, share))
-        inputs = self.input if isinstance(self.input, tuple) else (self.input,)
-        rows.append(("input", sum(relevance.double().sum().item() for relevance in inputs), 0.0, 0.0, 0.0))
+        rows.append(("input", sum(part.double().sum().item() for part in found.inputs), 0.0, 0.0, 0.0))
         return pd.DataFrame(rows, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
 
 
@@ -105,20 +129,46 @@ def lrp(
                 f"x is {_described(tensor)}; lrp explains a floating point tensor (batch, ...): give an image as "
                 "x.float(), and tokens as what their embedding makes of them, to the part of the model above it"
             )
-    full_precision = _full_precision(given[0].device.type)
-    with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model), full_precision as full:
+    with torch.inference_mode(False), _full_precision(given[0].device.type) as full:
         given = tuple(full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
+    explain, device = functools.partial(_explain, model, given, target, rule), given[0].device
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    again = functools.partial(_once_more, explain, device, *drawn)
+    return Relevance(explain(account=False), again, single=not isinstance(x, tuple))
+
+
+class _Pass(NamedTuple):
+    """What one relevance pass found.
+
+    Attributes:
+        inputs: the relevance of each input.
+        output: that of the output, of which `total` is the sum.
+        records: with an account, what relevance came through and the ``d`` that came; of `phase`.
+    """
+
+    inputs: tuple[Tensor, ...]
+    output: Any
+    total: float
+    phase: Phase
+    records: list[tuple[Record, Tensor]]
+
+
+def _explain(model: nn.Module, given: tuple[Tensor, ...], target: Target, rule: RuleFor, account: bool) -> _Pass:
+    """One forward pass of the model and one relevance pass down to what it was given; arguments as for `lrp`."""
+    with torch.inference_mode(False), torch.enable_grad(), _eval_mode(model), _full_precision(given[0].device.type):
         sources = [tensor.detach().requires_grad_() for tensor in given]
-        interception = Interception(Paths(model), RuleChoice(rule), sources=sources)
+        interception = Interception(Paths(model), RuleChoice(rule), sources=sources, account=account)
         with interception:
             output = model(*sources)
         relevance = start(output, target)
         pairs = _pairs(output, relevance)
+        records = list(interception.records) if account else []
+        seen = bool(interception.records)
         edges = [torch.autograd.graph.get_gradient_edge(source) for source in sources]
-        starts = [(output, _each(relevance, output)) for output, relevance in pairs]
-        ds = propagate(starts, [*edges, *interception.edges], interception)
+        edges += interception.edges if account else []
+        ds = propagate([(output, _over(relevance, output)) for output, relevance in pairs], edges, interception)
     of_inputs, of_records = ds[: len(sources)], ds[len(sources) :]
-    if all(d is None for d in of_inputs) or not interception.records:
+    if all(d is None for d in of_inputs) or not seen:
         raise UnsupportedLayer(
             f"no relevance reached the input of {type(model).__name__}: its output does not depend on it through "
             "operations that autograd and LRP can see (a compiled or scripted model, or one that detaches?)"
@@ -128,9 +178,23 @@ def lrp(
         torch.zeros_like(tensor) if d is None else phase.of(tensor, d)
         for tensor, d in zip(given, of_inputs, strict=True)
     )
-    reached = [(record, d) for record, d in zip(interception.records, of_records, strict=True) if d is not None]
-    total = sum(part.double().sum().item() for _, part in pairs)
-    return Relevance(inputs if isinstance(x, tuple) else inputs[0], relevance, total, phase, reached)
+    total = sum(part.double().sum().item() for _, part in pairs) if account else math.nan
+    reached = [(record, d) for record, d in zip(records, of_records, strict=True) if d is not None]
+    return _Pass(inputs, relevance, total, phase, reached)
+
+
+def _once_more(explain: Callable[..., _Pass], device: torch.device, drawn: Tensor, drawn_there: Tensor | None) -> _Pass:
+    """The pass of `explain` with an account; a model that draws numbers draws them from these states of generators."""
+    with torch.random.fork_rng([device] if drawn_there is not None else []):
+        torch.set_rng_state(drawn)
+        if drawn_there is not None:
+            torch.cuda.set_rng_state(drawn_there, device)
+        return explain(account=True)
+
+
+def _sizes(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """What tells the same explanation from another: the sum of the magnitudes, for each input."""
+    return [part.abs().sum(dtype=torch.promote_types(part.dtype, torch.float32)) for part in inputs]
 
 
 def start(output: Any, target: Target) -> Any:
@@ -166,7 +230,7 @@ def starts_down(output: Any, target: Target) -> list[tuple[Tensor, Tensor]]:
         TypeError, ValueError: as `start`.
     """
     if callable(target) or isinstance(target, str):
-        return [(part, _each(relevance, part)) for part, relevance in _pairs(output, start(output, target))]
+        return [(part, _over(relevance, part)) for part, relevance in _pairs(output, start(output, target))]
     output = _logits(output)
     return [(output, torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output))]
 
@@ -186,7 +250,7 @@ def _logits(output: Any) -> Tensor:
     return output
 
 
-def _each(relevance: Tensor, output: Tensor) -> Tensor:
+def _over(relevance: Tensor, output: Tensor) -> Tensor:
     """``relevance / output``, and 0 where the output is 0, which can bear none."""
     return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
 
@@ -227,8 +291,9 @@ def propagate(
     outputs, ds = [output for output, _ in starts], [d for _, d in starts]
     interception.note(outputs)
     interception.check()
-    for record, edge in zip(interception.records, interception.edges, strict=True):
-        record.attach(edge.node)
+    interception.attach()
+    if interception.explains and not interception.account:
+        interception.let_go()
     interception.phase.relevance = True
     try:
         return torch.autograd.grad(outputs, edges, ds, retain_graph=keep_graph, allow_unused=True)

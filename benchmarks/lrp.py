@@ -4,8 +4,8 @@
 
 All arms of a network take turns in one process, in an order drawn anew for each round, so that whatever else the
 machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). On a CPU the first arms are then
-timed in a process as it comes as well, where the maps that `athena.lrp` keeps cost a page fault for every 4 KiB: that
-is the price for someone who sets nothing.
+timed in a process as it comes as well, where memory is given back between calls and costs a page fault for every 4 KiB
+to get again: that is the price for someone who sets nothing.
 
 An explanation is that of the predicted class of each of a batch of random images, down to the input, by a float32
 network in eval mode with random weights. The arms:

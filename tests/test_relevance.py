@@ -1,5 +1,6 @@
 """Claims about `athena.lrp`, checked against the naive formulas of `oracles` in float64."""
 
+import gc
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -7,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import oracles
+import pandas as pd
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 import athena
@@ -824,3 +827,107 @@ def test_an_explained_model_trains_on_as_if_nothing_had_been_asked() -> None:
 
     plain, explained = trained(False), trained(True)
     assert_same(dict(plain.state_dict()), dict(explained.state_dict()))
+
+
+# The second pass, which tells what the layers held
+
+
+def held() -> int:
+    """The bytes of all tensors that Python knows of, each memory once."""
+    gc.collect()
+    storages = [tensor.untyped_storage() for tensor in gc.get_objects() if type(tensor) is Tensor]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@every_rule
+def test_an_explanation_holds_no_more_than_input_and_output(rule: str) -> None:
+    model, x = narrow_cnn(), images(16, 2, 6, 6)
+    before = held()
+    explained = athena.lrp(model, x, rule=RULES[rule][0])
+    state_of_generator = 5056
+    light = sum(tensor.nbytes for tensor in (explained.input, explained.output))
+    assert held() - before <= light + state_of_generator + 64
+    assert sum(layer.nbytes for layer in explained.layers.values()) > 4 * light, "a test of nothing"
+
+
+class Watched(nn.Module):
+    """Two hidden layers; when relevance comes to the first, `gone` tells whether the memory of the second is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gone: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.below(x).relu()
+        second = self.above(first).relu()
+        memory = StorageWeakRef(second.untyped_storage())
+        first.register_hook(lambda gradient: self.gone.append(memory.expired()))
+        return self.head(second)
+
+
+@every_rule
+def test_activations_go_as_relevance_comes_down(rule: str) -> None:
+    model = Watched().double()
+    explained = athena.lrp(model, images(4, 5), rule=RULES[rule][0])
+    assert model.gone == [True]
+    assert len(explained.layers) == 3
+    assert model.gone == [True, False]
+
+
+def test_layers_are_worked_out_once() -> None:
+    model = Watched().double()
+    explained = athena.lrp(model, images(4, 5))
+    assert explained.layers is explained.layers
+    explained.conservation()
+    assert len(model.gone) == 2
+
+
+@pytest.mark.parametrize("changed", ["trained", "other weights", "other input"])
+def test_a_model_or_an_input_that_has_changed_is_told_from_the_one_explained(changed: str) -> None:
+    model, x = narrow_mlp(), images(4, 1, 3, 4)
+    explained = athena.lrp(model, x)
+    match changed:
+        case "trained":
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+            F.cross_entropy(model(x), torch.tensor([0, 1, 2, 1])).backward()
+            optimizer.step()
+        case "other weights":
+            model.load_state_dict(narrow_mlp().state_dict())
+        case "other input":
+            x[1].neg_()
+    with pytest.raises(RuntimeError, match="before it is trained on or changed"):
+        explained.conservation()
+    with pytest.raises(RuntimeError, match="before it is trained on or changed"):
+        _ = explained.layers
+
+
+def test_what_is_done_with_the_map_does_not_matter_to_the_layers() -> None:
+    model, x = narrow_mlp(), images(4, 1, 3, 4)
+    expected = athena.lrp(model, x).conservation()
+    explained = athena.lrp(model, x)
+    explained.input.div_(explained.input.abs().max())
+    pd.testing.assert_frame_equal(explained.conservation(), expected)
+
+
+def test_a_model_that_draws_numbers_draws_the_same_ones_for_its_layers() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 40), Apply(lambda z: F.dropout(z, 0.5, training=True)), nn.Linear(40, 3)
+    ).double()
+    explained = athena.lrp(model, images(4, 6))
+    torch.rand(7)
+    before = torch.get_rng_state()
+    account = explained.conservation()
+    assert torch.equal(torch.get_rng_state(), before)
+    close(account["relevance"].iloc[-1] * torch.ones(1).double(), explained.input.sum().view(1))
+
+
+def test_layers_may_be_asked_for_in_another_context() -> None:
+    model, x = narrow_mlp().float(), images(4, 1, 3, 4).float()
+    expected = athena.lrp(model, x).layers
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explained = athena.lrp(model, x.bfloat16().float())
+    with torch.inference_mode():
+        found = explained.layers
+    assert list(found) == list(expected)
+    assert all(layer.dtype == torch.float32 for layer in found.values())
