@@ -188,7 +188,7 @@ class Guidance:
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
         if not (model.training and torch.is_grad_enabled() and self._pass is None):
             return
-        if getattr(model, "_is_replica", False):
+        if "_is_replica" in vars(model):
             raise UnsupportedLayer(
                 "nn.DataParallel trains copies of the model, one on each device, which cannot be guided; "
                 "DistributedDataParallel can"

@@ -347,9 +347,7 @@ class Interception(TorchFunctionMode):
         known = operation(function)
         layer = known.layer
         if self.guided is not None and not self.records:  # before all that is guided, where no relevance comes
-            out = layer.run(self, function, args, kwargs) if layer and layer.affine else function(*args, **kwargs)
-            self._known.update(tensor.grad_fn for tensor in tensors_in(out))
-            return out
+            return layer.run(self, function, args, kwargs) if layer and layer.affine else function(*args, **kwargs)
         operands = tensors_in(*args, *kwargs.values())
         rectified = self.note(operands, known.rectifies)
         if known.inplace is not None and self._kept and writes_in_place(known.inplace, args, kwargs):
@@ -450,6 +448,7 @@ class Interception(TorchFunctionMode):
         """The place of `z` in the graph, after `record` has kept it."""
         node: Any = z.grad_fn
         self._goals.add(node)
+        self._known.add(node)
         if self.account or self.guided is not None or record.needs_z:
             record.kept = self._fresh[node] = self._remember(z, record.path)
         return GradientEdge(node, z.output_nr)
