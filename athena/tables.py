@@ -3,14 +3,15 @@
 Not here: how the numbers come about (`athena.statistics`), and figures (`athena.figures`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from athena import statistics
+from athena import experiments, statistics
 
-__all__ = ["by_share", "comparison", "endpoints", "percent", "points", "say", "shown"]
+__all__ = ["by_share", "comparison", "endpoints", "percent", "points", "printed", "say", "shown"]
 
 NOT_RUN = "not yet run"
 
@@ -27,6 +28,30 @@ def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
     """
     difference, low, high = (f"{100 * row[name]:+.{digits}f}" for name in ("difference", "low", "high"))
     return f"{difference} (one pair)" if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
+
+
+def printed(benchmark: str) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
+    """What a benchmark printed, as it is stored in ``results/benchmarks/``, such as ``"lrp-avx512"``.
+
+    Returns:
+        The line that says what it ran on, and its tables with their titles, all cells as text.
+    """
+    conditions, *lines = (experiments.root() / "results" / "benchmarks" / f"{benchmark}.txt").read_text().splitlines()
+    found: list[tuple[str, pd.DataFrame]] = []
+    for line in filter(None, lines):
+        if "  " not in line:
+            found.append((line, pd.DataFrame()))
+            continue
+        title, table = found[-1]
+        if table.columns.empty:
+            heads = list(re.finditer(r"\S+(?: \S+)*", line))
+            ends = [head.end() for head in heads[1:]]
+            found[-1] = title, pd.DataFrame(columns=[head.group() for head in heads])
+        else:  # every column but the first is flush with the end of its head
+            name = re.split("  +", line)[0]
+            cells = [line[start:end].strip() for start, end in zip([len(name), *ends], ends, strict=False)]
+            table.loc[len(table)] = [name, *cells]
+    return conditions, found
 
 
 def say(text: str) -> None:

@@ -17,6 +17,18 @@ def test_a_difference_stands_in_points_with_its_interval() -> None:
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
+@pytest.mark.parametrize("benchmark", ["lrp-avx512", "guidance-avx512", "guidance-h100", "training-avx512"])
+def test_what_a_benchmark_printed_is_read_cell_by_cell(benchmark: str) -> None:
+    lines = (experiments.root() / "results" / "benchmarks" / f"{benchmark}.txt").read_text().splitlines()
+    conditions, found = tables.printed(benchmark)
+    assert conditions == lines[0] and conditions.startswith("PyTorch")
+    rows = [" ".join(row).split() for _, table in found for row in table.to_numpy()]
+    wordy = [line.split() for line in lines[1:] if "  " in line and not line.startswith(("arm ", "loop "))]
+    assert rows == wordy
+    assert all(title in lines for title, _ in found)
+    assert all((table.iloc[:, 1].str.fullmatch(r"\d+\.\d+")).all() and len(table) > 1 for _, table in found)
+
+
 def test_a_comparison_lists_what_was_measured_and_what_was_not(frame: pd.DataFrame) -> None:
     table = tables.comparison(statistics.compare(frame), fractions=[0.05, 0.5])
     assert list(table.index) == ["50", "10", "5", "1"]
