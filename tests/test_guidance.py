@@ -884,19 +884,24 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("target", [None, 3, "softmax", "at 0"])
 @pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-6)], ids=str)
 @pytest.mark.parametrize("network", CHAINS)
 def test_a_chain_of_linear_layers_gets_the_same_bits_without_the_engine(
-    network: str, rule: Any, monkeypatch: pytest.MonkeyPatch
+    network: str, rule: Any, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = CHAINS[network]()
+    if target == "at 0":  # the logit that starts can bear nothing
+        target, last = 1, list(model.children())[-1]
+        with torch.no_grad():
+            last.weight[1], last.bias[1] = 0.0, 0.0
     x, labels = torch.randn(6, 1, 32, 32), torch.randint(4, (6,))
     found: list[Any] = []
     along_chain = relevance._along_chain
 
     def guided() -> Gradients:
         torch.manual_seed(1)  # of dropout
-        return gradients(model, x, labels, factor=0.7, scope="linear", rule=rule)
+        return gradients(model, x, labels, factor=0.7, scope="linear", rule=rule, target=target)
 
     monkeypatch.setattr(relevance, "_along_chain", lambda *given: found.append(along_chain(*given)) or found[-1])
     alone = guided()
