@@ -292,7 +292,7 @@ class Interception(TorchFunctionMode):
         account: bool = False,
     ) -> None:
         super().__init__()
-        self.paths, self.rules, self.guided, self.sources, self.account = paths, rules, guided, sources, account
+        self.paths, self.rules, self.guided, self.sources = paths, rules, guided, sources
         self.absolute = rules.absolute
         self.phase = Phase()
         self.phase.account = account
@@ -329,6 +329,11 @@ class Interception(TorchFunctionMode):
         """Lets go of all that is remembered, of which the graph holds what relevance needs on its way down."""
         for held in (self.records, self.edges, self.affine, self._kept, self._fresh):
             held.clear()
+
+    @property
+    def account(self) -> bool:
+        """Whether it is also wanted what each operation held and absorbed."""
+        return self.phase.account
 
     @property
     def explains(self) -> bool:

@@ -6,7 +6,6 @@ relevance (`athena.guidance`).
 """
 
 import functools
-import math
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,9 +29,9 @@ Target = None | int | Tensor | str | Callable[[Any], Any]
 class Relevance:
     """What `lrp` returns.
 
-    What it holds is as large as the input and the output. `layers` and `conservation` are worked out by a second pass,
-    when one of them is first asked for, and kept from then on. Until then the model and the input have to stay as they
-    were.
+    Beside the model and `x` themselves it holds no more than input and output. `layers` and `conservation` are worked
+    out by a second pass, when one of them is first asked for, and kept from then on. Until then the model and `x` have
+    to stay as they were.
 
     Attributes:
         input: relevance of the input, in its shape and dtype; a tuple where there were several.
@@ -86,10 +85,11 @@ class Relevance:
             RuntimeError: the model, or the input, has changed since the explanation.
         """
         found, rows = self._account, []
+        total = sum(part.double().sum().item() for part in tensors_in(found.output))
         for record, d in reversed(found.records):
             bias, stabiliser = record.absorbed(d)
             relevance = found.phase.of(record.z, d).double().nan_to_num(0.0).sum().item()
-            share = (bias + stabiliser) / found.total if found.total else 0.0
+            share = (bias + stabiliser) / total if total else 0.0
             rows.append((record.path, relevance, bias, stabiliser, share))
         rows.append(("input", sum(part.double().sum().item() for part in found.inputs), 0.0, 0.0, 0.0))
         return pd.DataFrame(rows, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
@@ -142,13 +142,12 @@ class _Pass(NamedTuple):
 
     Attributes:
         inputs: the relevance of each input.
-        output: that of the output, of which `total` is the sum.
+        output: that of the output.
         records: with an account, what relevance came through and the ``d`` that came; of `phase`.
     """
 
     inputs: tuple[Tensor, ...]
     output: Any
-    total: float
     phase: Phase
     records: list[tuple[Record, Tensor]]
 
@@ -161,12 +160,12 @@ def _explain(model: nn.Module, given: tuple[Tensor, ...], target: Target, rule: 
         with interception:
             output = model(*sources)
         relevance = start(output, target)
-        pairs = _pairs(output, relevance)
+        starts = [(part, _each(its, part)) for part, its in _pairs(output, relevance)]
         records = list(interception.records) if account else []
         seen = bool(interception.records)
         edges = [torch.autograd.graph.get_gradient_edge(source) for source in sources]
         edges += interception.edges if account else []
-        ds = propagate([(output, _over(relevance, output)) for output, relevance in pairs], edges, interception)
+        ds = propagate(starts, edges, interception)
     of_inputs, of_records = ds[: len(sources)], ds[len(sources) :]
     if all(d is None for d in of_inputs) or not seen:
         raise UnsupportedLayer(
@@ -178,9 +177,8 @@ def _explain(model: nn.Module, given: tuple[Tensor, ...], target: Target, rule: 
         torch.zeros_like(tensor) if d is None else phase.of(tensor, d)
         for tensor, d in zip(given, of_inputs, strict=True)
     )
-    total = sum(part.double().sum().item() for _, part in pairs) if account else math.nan
     reached = [(record, d) for record, d in zip(records, of_records, strict=True) if d is not None]
-    return _Pass(inputs, relevance, total, phase, reached)
+    return _Pass(inputs, relevance, phase, reached)
 
 
 def _once_more(explain: Callable[..., _Pass], device: torch.device, drawn: Tensor, drawn_there: Tensor | None) -> _Pass:
@@ -230,7 +228,7 @@ def starts_down(output: Any, target: Target) -> list[tuple[Tensor, Tensor]]:
         TypeError, ValueError: as `start`.
     """
     if callable(target) or isinstance(target, str):
-        return [(part, _over(relevance, part)) for part, relevance in _pairs(output, start(output, target))]
+        return [(part, _each(relevance, part)) for part, relevance in _pairs(output, start(output, target))]
     output = _logits(output)
     return [(output, torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output))]
 
@@ -250,7 +248,7 @@ def _logits(output: Any) -> Tensor:
     return output
 
 
-def _over(relevance: Tensor, output: Tensor) -> Tensor:
+def _each(relevance: Tensor, output: Tensor) -> Tensor:
     """``relevance / output``, and 0 where the output is 0, which can bear none."""
     return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
 
