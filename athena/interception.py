@@ -70,7 +70,7 @@ def nonzero(z: Tensor) -> Tensor:
 
 
 # Whether the backward pass that runs now was asked to ``retain_graph``.
-_keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Phase:
@@ -89,7 +89,7 @@ class Phase:
     @property
     def passes_once(self) -> bool:
         """Whether nothing goes through the graph any more after the pass that runs now, nor is read of its records."""
-        return self.relevance and not self.account and not _keeps_graph()
+        return self.relevance and not self.account and not keeps_graph()
 
     def of(self, z: Tensor, d: Tensor) -> Tensor:
         """The relevance ``z d``."""
@@ -108,8 +108,7 @@ class Kept:
     _address: int | None
 
     def __init__(self, tensor: Tensor, path: str) -> None:
-        self.path = path
-        self.take(tensor)
+        self.path, self.value, self._version, self._address = path, tensor, tensor._version, None
 
     def take(self, tensor: Tensor) -> None:
         """Remembers `tensor`, which shares its memory with the network's own."""
@@ -145,11 +144,9 @@ class Record:
         layer: the LRP layer.
         z: the output.
         bias: what is added to the output whatever the input is, in a shape that adds to ``z``, or None.
-        scale: what guidance does to a gradient that reaches ``z``; None to leave it alone. See `guided`.
     """
 
     bias: Tensor | None = None
-    scale: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, path: str, layer: type[LRPLayer], phase: Phase) -> None:
         self.path, self.layer, self.phase = path, layer, phase
@@ -172,6 +169,11 @@ class Record:
         return False
 
     @property
+    def goes_by_relevance(self) -> bool:
+        """Whether `below` takes the relevance of `z`, and looks at ``d`` no more."""
+        return self.stabilises and self.rectified
+
+    @property
     def needs_z(self) -> bool:
         """Whether sending relevance on takes `z`."""
         return False
@@ -179,15 +181,6 @@ class Record:
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
-
-    def guided(self, gradient: Tensor) -> Tensor:
-        """The gradient that goes on into ``z``; what scales it is let go of where the graph frees what it has saved."""
-        scale = self.scale
-        if scale is None:
-            return gradient
-        if not _keeps_graph():
-            self.scale = None
-        return scale(gradient)
 
     def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
         """The ``d`` of the input, to be worked out under ``no_grad``; None where that is left to the graph.
@@ -219,7 +212,7 @@ class Fork(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         if not record.phase.relevance:
-            return record.guided(gradient), None, None
+            return gradient, None, None
         if record.phase.passes_once:
             ctx.record = None
         return *record.down(gradient), None
@@ -248,10 +241,18 @@ class Paths:
     def read(self) -> None:
         """Looks through the model."""
         self.modules = dict(self.model.named_modules())
-        if any(hasattr(module, "_orig_mod") for module in self.modules.values()):
-            raise UnsupportedLayer("torch.compile hides what a model does from LRP; give the model before compilation")
-        self.of_module = {id(module): path for path, module in self.modules.items()}
-        self._parameters = {id(weight): (weight, layer_of(path)) for path, weight in self.model.named_parameters()}
+        self.of_module: dict[int, str] = {}
+        self._parameters: dict[int, tuple[Tensor, str]] = {}
+        for path, module in self.modules.items():
+            if "_orig_mod" in module._modules:
+                raise UnsupportedLayer(
+                    "torch.compile hides what a model does from LRP; give the model before compilation"
+                )
+            self.of_module[id(module)] = path
+            for name, weight in module._parameters.items():
+                if weight is not None and id(weight) not in self._parameters:
+                    layer = path if name == "weight" else layer_of(f"{path}.{name}".removeprefix("."))
+                    self._parameters[id(weight)] = weight, layer
 
     def of_layer(self, weight: Tensor) -> str | None:
         """The path of the layer that owns `weight`; None where it is no parameter of the model."""
@@ -279,6 +280,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         phase: shared by everything this pass leaves behind.
+        ends: the places of the sources in the graph.
         records: what the affine layers (and whatever else absorbs relevance) left behind, in forward order.
         edges: the place of each record's `z` in the graph.
     """
@@ -306,7 +308,8 @@ class Interception(TorchFunctionMode):
         self.without_graph: list[str] = []
         """The paths of the layers to guide that ran without a graph, though their weights ask for gradients."""
         # The nodes that relevance is wanted from: of the sources, and of all outputs in the account.
-        self._goals: set[Any] = {get_gradient_edge(source).node for source in sources}
+        self.ends = [get_gradient_edge(source) for source in sources]
+        self._goals: set[Any] = {end.node for end in self.ends}
         self._divisors: set[Any] = set()
         self._uses: dict[str, int] = {}
         self._known: set[Any] = {None}
@@ -398,9 +401,11 @@ class Interception(TorchFunctionMode):
 
     def rule(self, path: str, convolutional: bool, a: Tensor) -> Rule:
         """The rule of the affine layer at `path` with the input `a`."""
-        module = self.paths.modules.get(path, self.paths.model)
         return self.rules.of(
-            path, module, convolutional, lambda: {edge.node for edge in self.edges}.isdisjoint(nodes_below(a))
+            path,
+            self.paths.modules,
+            convolutional,
+            lambda: {edge.node for edge in self.edges}.isdisjoint(nodes_below(a)),
         )
 
     def carries(self, value: Any) -> bool:

@@ -160,27 +160,26 @@ class Affine(Record):
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""
-        if self.a is None and (self.factor or self.rule.stabiliser):
+        if self.a is None and self.rule.stabiliser:
             node.register_prehook(self._before_backward)
 
     def _before_backward(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
         """What its node is to send down instead of `gradients`; None to leave them as they are."""
         (gradient,) = gradients
-        if gradient is None:
+        if gradient is None or not self.phase.relevance:
             return None
-        if self.phase.relevance:
-            s = self.share(gradient)
-            if self.phase.passes_once:
-                self.kept = None
-            return (s,)
-        return None if self.scale is None else (self.guided(gradient),)
+        s = self.share(gradient)
+        if self.phase.passes_once:
+            self.kept = None
+        return (s,)
 
     def share(self, d: Tensor, relevance: Tensor | None = None) -> Tensor:
         """``s = d z / (z + epsilon sign z)``; `relevance` is ``d z``, where it is known."""
         if self.rule.stabiliser == 0:
             return d
         if relevance is not None and self.rectified:  # z is at least 0
-            return relevance / (self.z + self.rule.stabiliser)
+            size = self.z + self.rule.stabiliser
+            return torch.div(relevance, size, out=size)
         size = self.z if self.rectified else self.z.abs()
         if self.phase.absolute:
             size = nonzero(size)

@@ -13,8 +13,9 @@ A rule declares and divides; `athena.layers` runs the sums over the network's ow
 """
 
 import ast
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -68,16 +69,16 @@ class Rule:
 
     absolute: ClassVar[bool] = False
     """Whether inputs that are 0 may be given relevance."""
+    asks_for_sums: ClassVar[bool] = False
+    """Whether contributions are others than ``a_j w_jk``, so that `sums` and `share` have to be called."""
+
+    def __init_subclass__(cls) -> None:
+        cls.asks_for_sums = cls.sums is not Rule.sums
 
     @property
     def stabiliser(self) -> float:
         """``epsilon`` in ``s = R / (z + epsilon sign z)``, in the unit of ``z``, at least 0."""
         return 0.0
-
-    @property
-    def asks_for_sums(self) -> bool:
-        """Whether contributions are others than ``a_j w_jk``, so that `sums` and `share` have to be called."""
-        return type(self).sums is not Rule.sums
 
     def sums(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Sums | None:
         """The sums that `share` needs beside ``z``. None: contributions are ``a_j w_jk``."""
@@ -343,15 +344,15 @@ class RuleChoice:
                 "(path, module)"
             )
 
-    @property
+    @functools.cached_property
     def absolute(self) -> bool:
         """Whether a layer above an activation may get a rule that gives relevance to neurons that are 0."""
         if isinstance(self.rule, Preset):
             return self.rule.linear.absolute or self.rule.convolutional.absolute
         return not isinstance(self.rule, Rule) or self.rule.absolute
 
-    def of(self, path: str, module: nn.Module, convolutional: bool, first: Callable[[], bool]) -> Rule:
-        """The rule of the layer at `path`; `first` tells whether no other stands below it.
+    def of(self, path: str, modules: Mapping[str, nn.Module], convolutional: bool, first: Callable[[], bool]) -> Rule:
+        """The rule of the layer at `path` among a model's `modules`; `first` tells whether no other stands below it.
 
         Raises:
             TypeError: what was given chose something else than a rule.
@@ -362,7 +363,7 @@ class RuleChoice:
             if self.rule.first is not None and first():
                 return self.rule.first
             return self.rule.convolutional if convolutional else self.rule.linear
-        chosen = self.rule(path, module)
+        chosen = self.rule(path, modules.get(path, modules[""]))
         if not isinstance(chosen, Rule):
             raise TypeError(f"rule({path!r}, ...) gave {chosen!r}, which is not a rule of athena.rules")
         return chosen

@@ -96,6 +96,19 @@ def test_under_autocast_the_map_is_nearly_that_of_float32() -> None:
     assert torch.corrcoef(torch.stack([exact.flatten(), rounded.float().flatten()]))[0, 1] > 0.99
 
 
+def test_a_map_is_as_exact_as_the_program_has_convolutions_be() -> None:
+    network, x = models.cnn().to(GPU), torch.rand(16, 3, 32, 32, device=GPU)
+    with torch.no_grad():
+        classes = network.double()(x.double()).argmax(1)
+    exact = athena.lrp(network, x.double(), target=classes).input
+    network.float()
+    errors = {}
+    for precision in ("tf32", "ieee"):
+        with products_in(precision):
+            errors[precision] = float((athena.lrp(network, x, target=classes).input - exact).norm() / exact.norm())
+    assert errors["ieee"] < 0.01 and errors["ieee"] < errors["tf32"] / 4 < 0.1
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 @pytest.mark.parametrize("factor", [0.0, 0.1])
 def test_a_run_repeated_gives_the_same_weights_and_accuracies(precision: str, factor: float) -> None:

@@ -17,7 +17,7 @@ def test_a_difference_stands_in_points_with_its_interval() -> None:
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
-@pytest.mark.parametrize("benchmark", ["lrp-avx512", "guidance-avx512", "guidance-h100", "training-avx512"])
+@pytest.mark.parametrize("benchmark", ["lrp-avx512", "lrp-h100", "guidance-avx512", "guidance-h100", "training-avx512"])
 def test_what_a_benchmark_printed_is_read_cell_by_cell(benchmark: str) -> None:
     lines = (experiments.root() / "results" / "benchmarks" / f"{benchmark}.txt").read_text().splitlines()
     conditions, found = tables.printed(benchmark)
