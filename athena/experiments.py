@@ -343,13 +343,16 @@ def sweep(
     return [done[run.key] for run in runs]
 
 
-def cost(run: Run) -> float:
-    """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left."""
+def cost(run: Run) -> int:
+    """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left.
+
+    A whole number, so that the parts of a progress bar add up to its end.
+    """
     images, tested = IMAGES[run.dataset]
     trained = images * run.fraction * run.epochs * (1 + GUIDED_COST / run.every * bool(run.factor))
     batches = images * run.fraction / run.batch_size
     looks = run.epochs * batches / max(1, run.window * batches) if run.monitor else 0  # each about as dear as a test
-    return (trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000
+    return round((trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000)
 
 
 def _run(line: dict[str, Any]) -> Run:
