@@ -251,8 +251,7 @@ class Paths:
             self.of_module[id(module)] = path
             for name, weight in module._parameters.items():
                 if weight is not None and id(weight) not in self._parameters:
-                    layer = path if name == "weight" else layer_of(f"{path}.{name}".removeprefix("."))
-                    self._parameters[id(weight)] = weight, layer
+                    self._parameters[id(weight)] = weight, layer_of(f"{path}.{name}".removeprefix("."))
 
     def of_layer(self, weight: Tensor) -> str | None:
         """The path of the layer that owns `weight`; None where it is no parameter of the model."""

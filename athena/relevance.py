@@ -399,8 +399,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _full_precision(device: str) -> AbstractContextManager[Any]:
-    """Autocast off."""
-    # where it is off, to say so takes as long as ten operations of a GPU
+    """Autocast off; where it is off already, to say so would only take its time."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

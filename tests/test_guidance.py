@@ -169,6 +169,22 @@ def test_any_factor_scales_as_the_formula_says(factor: float) -> None:
     close(gradients(model, x, labels, factor=factor), expected)
 
 
+def test_a_weight_of_the_model_itself_is_guided_by_its_own_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 4).double())
+            self.last = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.linear(x, self.weight).relu())  # type: ignore[no-any-return]
+
+    model, x, labels = Own(), torch.randn(6, 4).double(), torch.randint(3, (6,))
+    assert list(athena.lrp(model, x).layers) == ["weight", "last"]
+    plain = gradients(model, x, labels, factor=0.0)
+    assert not torch.allclose(gradients(model, x, labels, factor={"weight": 5.0})["weight"], plain["weight"])
+
+
 def test_scope_can_list_module_paths() -> None:
     model = narrow_cnn()
     x, labels = batch(model)
