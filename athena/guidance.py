@@ -11,12 +11,13 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from athena import chain
 from athena.interception import (
     Interception,
     LRPLayer,
@@ -28,8 +29,8 @@ from athena.interception import (
     tensors_in,
 )
 from athena.layers import Affine, ConvolutionalLRP, LinearLRP
-from athena.relevance import Target, relevances
-from athena.rules import Epsilon, RuleChoice, RuleFor
+from athena.relevance import Target, relevances, starts_down
+from athena.rules import Epsilon, Rule, RuleChoice, RuleFor
 
 __all__ = ["DivergedError", "Guidance"]
 
@@ -100,7 +101,8 @@ class Guidance:
         RuntimeError: the model, or a part of it, is guided already.
     """
 
-    _pass: Interception | None = None
+    _passing = False
+    _interception: Interception | None = None
 
     def __init__(
         self,
@@ -122,6 +124,8 @@ class Guidance:
         self.every = every
         self._paths = Paths(model)
         self._check()
+        # Of all layers, as long as the graph of a forward pass is asked what the pass did; None once it could not tell.
+        self._rule_by_graph = rule if isinstance(rule, Rule) and not rule.asks_for_sums else None
         self.labels: Tensor | None = None
         self.step = 0
         self.diverged: DivergedError | None = None
@@ -195,7 +199,7 @@ class Guidance:
         return bool(self.factor)
 
     def _before_forward(self, model: nn.Module, inputs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled() and self._pass is None):
+        if not (model.training and torch.is_grad_enabled() and not self._passing):
             return
         if "_is_replica" in vars(model):
             raise UnsupportedLayer(
@@ -207,21 +211,50 @@ class Guidance:
         if self.step % self.every:
             self.step, self.labels = self.step + 1, None
             return
-        self._pass = Interception(self._paths, self.rule, self._factor_at)
-        self._pass.__enter__()
+        self._passing = True
+        # by keyword its input is not seen here, and could not be given to it again
+        if self._rule_by_graph is None or not inputs or not chain.is_plain(model, hooks=1):
+            self._interception = Interception(self._paths, self.rule, self._factor_at)
+            self._interception.__enter__()
 
-    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        interception, self._pass = self._pass, None
+    def _after_forward(self, model: nn.Module, inputs: Any, output: Any) -> Any:
+        passing, self._passing = self._passing, False
+        interception, self._interception = self._interception, None
+        if not passing:
+            return None
         if interception is None:
-            return
+            return None if output is None or self._guided_by_graph(output) else self._run_again(model, inputs)
         interception.__exit__(None, None, None)
         try:
             if output is not None:  # None: the forward pass itself has raised
                 self.step += 1
-                with torch.set_grad_enabled(False):  # which does what no_grad does in a third of the calls
-                    self._guide(interception, output)
+                self._guide(interception, output)
         finally:
             interception.forget()
+
+    def _guided_by_graph(self, output: Tensor) -> bool:
+        """As `_guide`, where the graph tells what the forward pass did; else False, and nothing is done."""
+        assert self._rule_by_graph is not None
+        links = chain.read(output, self._paths, self._rule_by_graph, self._factor_at)
+        if links is None:
+            return False
+        self.step += 1
+        with torch.set_grad_enabled(False):
+            ((_, d),) = starts_down(output, self._target())
+            layers = [(link.node, link.path, link.factor) for link in links if link.factor]
+            self._have_scaled(layers, chain.relevances(links, d))
+        return True
+
+    def _run_again(self, model: nn.Module, inputs: Any) -> Any:
+        """The output of a plain model's forward pass, run once more and watched, as all that follow."""
+        self._rule_by_graph = None
+        self._before_forward(model, inputs)
+        output = None
+        try:
+            output = model.forward(*inputs)
+        finally:
+            self._after_forward(model, inputs, output)
+        return output
 
     def _guide(self, interception: Interception, output: Any) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
@@ -243,12 +276,23 @@ class Guidance:
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
+        with torch.set_grad_enabled(False):
+            self._have_scaled(
+                [(edge.node, record.path, record.factor) for record, edge in guided],
+                relevances(output, target, guided, interception),
+            )
+
+    def _have_scaled(self, layers: Sequence[tuple[Any, str, float]], found: Iterable[tuple[str, Tensor]]) -> None:
+        """Has the gradients at `layers`, graph nodes with path and factor, scaled by the relevance that is `found`.
+
+        To be called with gradients off, by ``set_grad_enabled``, which does what ``no_grad`` does in a third of the
+        calls. Hooks come before the arithmetic of relevance, which takes what they need out of the processor's caches.
+        """
         watch = _Watch(self)
-        for record, edge in guided:  # before the arithmetic, which takes what hooks need out of the processor's caches
-            watch.over(edge.node, record.path, record.factor)
-        for (record, _), relevance in zip(guided, relevances(output, target, guided, interception), strict=True):
-            if relevance is not None:
-                watch.relevance[record.path] = self._shaped(relevance)
+        for layer in layers:
+            watch.over(*layer)
+        for path, relevance in found:
+            watch.relevance[path] = self._shaped(relevance)
         watch.layers = len(watch.relevance)
 
     def _target(self) -> Target:

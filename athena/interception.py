@@ -73,6 +73,11 @@ def nonzero(z: Tensor) -> Tensor:
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
+def packs_what_it_saves() -> bool:
+    """Whether autograd saves just now by hooks, as `torch.utils.checkpoint` and `torch.autograd.graph` set them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class Phase:
     """Which way gradients travel through one forward graph just now, and what relevance looks like there.
 
@@ -164,16 +169,6 @@ class Record:
         return self.kept is not None and self.kept.rectified
 
     @property
-    def stabilises(self) -> bool:
-        """Whether it sends on nothing from where `z` is 0."""
-        return False
-
-    @property
-    def goes_by_relevance(self) -> bool:
-        """Whether `below` takes the relevance of `z`, and looks at ``d`` no more."""
-        return self.stabilises and self.rectified
-
-    @property
     def needs_z(self) -> bool:
         """Whether sending relevance on takes `z`."""
         return False
@@ -181,13 +176,6 @@ class Record:
     def down(self, d: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What relevance goes on into ``z`` itself, and what goes straight to the input it was forked with."""
         return d, None
-
-    def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
-        """The ``d`` of the input, to be worked out under ``no_grad``; None where that is left to the graph.
-
-        `relevance` is that of `z`, where it is known.
-        """
-        return None
 
     def attach(self, node: Any) -> None:
         """Has the graph node that made `z` send things down as this record says, where no `Fork` stands above it."""
@@ -345,7 +333,7 @@ class Interception(TorchFunctionMode):
     @property
     def recomputed(self) -> bool:
         """Whether what runs now may be run once more for the backward pass (`torch.utils.checkpoint`), and alike."""
-        return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return packs_what_it_saves()
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -143,20 +143,9 @@ class Affine(Record):
         return shares.own, parts[0] if len(parts) == 1 else torch.where(a > 0, parts[0], parts[1])
 
     @property
-    def stabilises(self) -> bool:
-        """See `Record.stabilises`."""
-        return self.rule.stabiliser > 0
-
-    @property
     def needs_z(self) -> bool:
         """See `Record.needs_z`."""
-        return self.stabilises or self.a is not None
-
-    def below(self, d: Tensor, relevance: Tensor | None) -> Tensor | None:
-        """See `Record.below`."""
-        if self.a is not None or self.layer is not LinearLRP or d.dtype != self.weight.dtype:
-            return None
-        return self.share(d, relevance) @ (self.weight.T if self.transposed else self.weight)
+        return self.rule.stabiliser > 0 or self.a is not None
 
     def attach(self, node: Any) -> None:
         """See `Record.attach`."""
@@ -173,13 +162,10 @@ class Affine(Record):
             self.kept = None
         return (s,)
 
-    def share(self, d: Tensor, relevance: Tensor | None = None) -> Tensor:
-        """``s = d z / (z + epsilon sign z)``; `relevance` is ``d z``, where it is known."""
+    def share(self, d: Tensor) -> Tensor:
+        """``s = d z / (z + epsilon sign z)``."""
         if self.rule.stabiliser == 0:
             return d
-        if relevance is not None and self.rectified:  # z is at least 0
-            size = self.z + self.rule.stabiliser
-            return torch.div(relevance, size, out=size)
         size = self.z if self.rectified else self.z.abs()
         if self.phase.absolute:
             size = nonzero(size)

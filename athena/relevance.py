@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from athena import chain
 from athena.interception import Interception, Paths, Phase, Record, UnsupportedLayer, mapped, tensors_in
 from athena.layers import Affine, LinearLRP
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -302,66 +303,61 @@ def propagate(
 
 def relevances(
     output: Any, target: Target, layers: Sequence[tuple[Record, GradientEdge]], interception: Interception
-) -> Iterator[Tensor | None]:
-    """The relevance of `layers` in training, records with their edges, or None where none came; the graph stays.
+) -> Iterator[tuple[str, Tensor]]:
+    """The paths and the relevance of those of `layers`, in training, that some came to; the graph stays.
 
     To be called under ``no_grad``. One at a time, so that what each is the product of can go as it comes.
+
+    Args:
+        output, target: of the model, and as for `lrp`.
+        layers: records with their edges.
+        interception: of the forward pass.
     """
     edges = [edge for _, edge in layers]
     starts = starts_down(output, target)
-    found = _along_chain(*starts[0], edges, interception) if len(starts) == 1 else None
-    if found is not None:
-        yield from found
+    links = _chain(starts[0][0], edges, interception) if len(starts) == 1 else None
+    if links is not None:
+        yield from chain.relevances(links, starts[0][1])
         return
     ds = list(propagate(starts, edges, interception, keep_graph=True))
     for place, (record, _) in enumerate(layers):
         arrived, ds[place] = ds[place], None
-        yield None if arrived is None else record.z * arrived
+        if arrived is not None:
+            yield record.path, record.z * arrived
 
 
-def _along_chain(
-    output: Tensor, d: Tensor, edges: Sequence[GradientEdge], interception: Interception
-) -> list[Tensor] | None:
-    """As `relevances`, where only linear layers and what passes ``d`` on follow one another down to `edges`; else None.
-
-    It does without the engine, a second run of which costs a small network as much as the arithmetic of relevance.
-    """
-    records = [interception.record_of(edge.node) for edge in edges]
-    goals = {edge.node: record for edge, record in zip(edges, records, strict=True) if record is not None}
-    if len(goals) < len(edges) or any(record.layer is not LinearLRP for record in goals.values()):
+def _chain(output: Tensor, edges: Sequence[GradientEdge], interception: Interception) -> list[chain.Link] | None:
+    """The chain from `output` down to the lowest of `edges`, where there is nothing else between them; else None."""
+    if interception.absolute:
         return None
+    wanted = {edge.node for edge in edges}
     interception.note([output])
     interception.check()
-    found: dict[Any, Tensor] = {}
+    links: list[chain.Link] = []
     node: Any = output.grad_fn
-    while True:
-        relevance = None
-        if node in goals:
-            here, last = goals[node], len(found) == len(goals) - 1
-            # in the memory of ``d`` where that has had its day: new memory is what a small network waits for
-            relevance = found[node] = d.mul_(here.z) if last or here.goes_by_relevance else here.z * d
-            if last:
-                break
-        if node in interception.affine:
-            place, a = interception.affine[node]
-            below, node = interception.records[place].below(d, relevance), a.grad_fn
-            if below is None:
+    passed: list[tuple[Any, int]] = []
+    while wanted:
+        record = interception.record_of(node)
+        if isinstance(record, Affine):
+            if record.layer is not LinearLRP or record.a is not None:
                 return None
-            d = below
+            if not record.weight.dtype == record.z.dtype == output.dtype:
+                return None
+            weight = record.weight.T if record.transposed else record.weight
+            factor = record.factor if node in wanted else 0.0
+            links.append(chain.Link(node, record.path, weight, record.rule, factor, record.z, record.rectified, passed))
+            wanted.discard(node)
+            passed, node = [], interception.affine[node][1].grad_fn
         elif node in interception.passing:
             ways = [(place, lower) for place, (lower, _) in enumerate(node.next_functions) if lower is not None]
             if len(ways) != 1:
                 return None
             ((way, lower),) = ways
-            record, last = interception.record_of(lower), len(found) == len(goals) - 1
-            # a ReLU lets nothing through at 0, but there nothing is borne, nor goes any further
-            if not (record and (record.goes_by_relevance or (record.rectified and last and lower in goals))):
-                of_operands = node(d)
-                d = of_operands if isinstance(of_operands, Tensor) else of_operands[way]
+            passed.append((node, way))
             node = lower
         else:
             return None
-    return [found[edge.node] for edge in edges]
+    return links
 
 
 def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:
