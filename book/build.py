@@ -1,12 +1,15 @@
 """Builds the book as it is published: papermill runs every chapter into a copy, and the copy becomes the pages.
 
-A chapter that fails stops the build, and so does any warning. `jupyter-book build book/` makes the same pages with no
-copy; this script adds parameters, the gate, and chapters that are executed once and not at every build.
+Two chapters run at a time, where there are two cores. A chapter that fails stops the build, and so does any warning.
+`jupyter-book build book/` makes the same pages with no copy; this script adds parameters, the gate, and chapters that
+are executed once and not at every build.
 
     python book/build.py [--quick]
 """
 
 import argparse
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import yaml
 BOOK = Path(__file__).resolve().parent
 OUTPUT = BOOK / "_build"
 COPY = OUTPUT / "executed"
+AT_A_TIME = 2  # each takes more than 1 GB of memory
 
 
 def quick_parameters() -> dict[str, dict[str, Any]]:
@@ -34,12 +38,21 @@ def quick_parameters() -> dict[str, dict[str, Any]]:
     return chapters
 
 
-def execute(chapter: Path, parameters: dict[str, Any]) -> None:
-    """Run one chapter into the copy, from the folder it is written for; an error in a cell is raised."""
+def execute(given: tuple[Path, dict[str, Any]]) -> str:
+    """Run a chapter with parameters into the copy, from the folder it is written for; an error in a cell is raised.
+
+    Returns:
+        What to say of it when it is done.
+    """
+    chapter, parameters = given
+    start = time.perf_counter()
     executed = COPY / chapter.name
-    papermill.execute_notebook(
-        str(chapter), str(executed), parameters=parameters, cwd=str(BOOK), kernel_name="python3", progress_bar=False
-    )
+    options = {"cwd": str(BOOK), "kernel_name": "python3", "progress_bar": False}
+    try:
+        papermill.execute_notebook(str(chapter), str(executed), parameters, **options)
+    except papermill.PapermillExecutionError as error:
+        error.add_note(f"That was {chapter.name}.")
+        raise
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata["mystnb"] = {"execution_mode": "off"}
     for cell in notebook.cells:
@@ -50,6 +63,19 @@ def execute(chapter: Path, parameters: dict[str, Any]) -> None:
                 "code_prompt_hide": "Hide them",
             }
     nbformat.write(notebook, executed)
+    return f"{chapter.name}: {time.perf_counter() - start:.0f} s"
+
+
+def execute_all(parameters: dict[str, dict[str, Any]]) -> None:
+    """Run all chapters; the first that fails stops the others."""
+    cores = os.cpu_count() or 1
+    workers = min(AT_A_TIME, cores)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // workers))
+    chapters = [(chapter, parameters.get(chapter.stem) or {}) for chapter in sorted(BOOK.glob("*.ipynb"))]
+    print(f"{len(chapters)} chapters, {workers} at a time ...", flush=True)
+    with multiprocessing.Pool(workers) as pool:
+        for said in pool.imap_unordered(execute, chapters):
+            print(said, flush=True)
 
 
 def main() -> None:
@@ -60,11 +86,7 @@ def main() -> None:
 
     shutil.rmtree(OUTPUT, ignore_errors=True)
     shutil.copytree(BOOK, COPY, ignore=shutil.ignore_patterns("_build", "__pycache__", ".ipynb_checkpoints"))
-    for chapter in sorted(BOOK.glob("*.ipynb")):
-        start = time.perf_counter()
-        print(f"{chapter.name} ...", flush=True)
-        execute(chapter, parameters.get(chapter.stem) or {})
-        print(f"{chapter.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    execute_all(parameters)
 
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     strict = ["-W", "-n", "--keep-going"]
