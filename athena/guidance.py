@@ -66,7 +66,8 @@ class Guidance:
     """Guides the training of `model` by relevance from now on, until `remove` or the end of a ``with`` block.
 
     It acts on forward passes in training mode with gradients enabled. A pass in eval mode or under ``no_grad``, one
-    whose factors are all 0, and one that `every` leaves out, is exactly the model's own.
+    whose factors are all 0, and one that `every` leaves out, is exactly the model's own. Of a model made of nothing but
+    linear, convolutional, pooling and ReLU modules the first pass may be run twice, to the same output.
 
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2. In float16 a gradient that
