@@ -24,7 +24,7 @@ import yaml
 BOOK = Path(__file__).resolve().parent
 OUTPUT = BOOK / "_build"
 COPY = OUTPUT / "executed"
-AT_A_TIME = 2  # each takes more than 1 GB of memory
+AT_A_TIME = 2  # more kernels, each with PyTorch in it, would take more memory than a laptop may have
 
 
 def quick_parameters() -> dict[str, dict[str, Any]]:
