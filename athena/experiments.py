@@ -231,14 +231,32 @@ def collect(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
 
     What is trained goes into a store of its own, ``results/local/``, so that it is trained once. Where a run is
     missing and its data set cannot be had, all of `runs` are done on the stand-in (`athena.data.stand_in`); the
-    column `dataset` tells.
+    column `dataset` tells. Chapters that train at the same time take turns: each would take all the cores, and two
+    may want the same runs.
     """
     held = study.store.runs()
     if all(run.key in held for run in runs):
         return frame(held[run.key] for run in runs)
     at_hand = {name: data.at_hand(name) for name in {run.dataset for run in runs}}
     local = Store(study.store.path.parent / "local" / f"{study.name}.jsonl")
-    return frame(sweep([replace(run, dataset=at_hand[run.dataset]) for run in runs], local, also=[study.store]))
+    with _turn(local.path.parent):
+        return frame(sweep([replace(run, dataset=at_hand[run.dataset]) for run in runs], local, also=[study.store]))
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Waits, and says so, until no other process holds the turn of `folder`; a process that dies gives it up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "turn.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("Another chapter is training; this one goes on as soon as it has ended ...", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def listed(value: str | Sequence[Any]) -> list[Any]:

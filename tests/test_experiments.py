@@ -318,6 +318,31 @@ def test_what_a_chapter_collects_is_trained_once_and_only_where_it_is_missing(
     assert study.store.path.read_bytes() == committed
 
 
+def test_chapters_that_train_at_the_same_time_take_turns_and_train_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
+    monkeypatch.setattr(experiments, "_processes", ThreadPoolExecutor)
+    under_way, go_on = threading.Event(), threading.Event()
+
+    def slowly(run: Run, device: str | None) -> SimpleNamespace:
+        under_way.set()
+        assert go_on.wait(30)
+        return trainer(run, device)
+
+    monkeypatch.setattr(experiments, "train", slowly)
+    study = Study("mine", "title", "question", base=TINY, runs=tuple(SEEDS))
+    with ThreadPoolExecutor(2) as chapters:
+        one = chapters.submit(collect, study, SEEDS[:3])
+        assert under_way.wait(30)
+        other = chapters.submit(collect, study, SEEDS[1:])
+        assert _until(lambda: "Another chapter is training" in capsys.readouterr().out, 30)
+        assert not one.done() and not other.done()
+        go_on.set()
+        assert list(one.result()["seed"]) == [0, 1, 2] and list(other.result()["seed"]) == [1, 2, 3]
+    assert sorted(run.seed for run in trainer.asked) == [0, 1, 2, 3]
+
+
 def test_a_chapter_falls_back_to_the_stand_in_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
