@@ -1,6 +1,6 @@
 """What one guided training step costs beside a plain one, and beside the method built as the thesis describes it.
 
-    python benchmarks/guidance.py --steps 20 --threads 1 --device cpu
+    python benchmarks/guidance.py --steps 40 --threads 1 --device cpu
 
 All arms of a network take their steps in turn in one process, in an order drawn anew for each round, so that whatever
 else the machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). A step is forward, loss,
@@ -333,7 +333,7 @@ def table(title: str, arms: list[Arm]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The cost of one guided training step.")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of an arm of the CNN; of the MLP ten times")
+    parser.add_argument("--steps", type=int, default=40, help="timed steps of an arm of the CNN; of the MLP ten times")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
