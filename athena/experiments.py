@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -243,20 +243,15 @@ def collect(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
         return frame(sweep([replace(run, dataset=at_hand[run.dataset]) for run in runs], local, also=[study.store]))
 
 
-@contextmanager
-def _turn(folder: Path) -> Iterator[None]:
+def _turn(folder: Path) -> AbstractContextManager[Any]:
     """Waits, and says so, until no other process holds the turn of `folder`; a process that dies gives it up."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "turn.lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         print("Another chapter is training; this one goes on as soon as it has ended ...", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 def listed(value: str | Sequence[Any]) -> list[Any]:
