@@ -7,8 +7,9 @@ from athena import (
     _aliases,  # noqa: F401
     rules,
 )
+
 from athena.guidance import DivergedError, Guidance
-from athena.interception import UnsupportedLayer
+from athena.propagation.layer import UnsupportedLayer
 from athena.relevance import Relevance, lrp
 
 __version__ = "0.1.0"

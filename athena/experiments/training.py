@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena import guidance, interception, layers, relevance, rules
+from athena import guidance, relevance, rules
 from athena.experiments import data, models
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
@@ -449,7 +449,7 @@ def _code() -> str:
     """The package's version, and 8 hex digits of the sources that a result depends on."""
     from athena import __version__
 
-    rooms = (rules, interception, layers, relevance, guidance, models, data, sys.modules[__name__])
+    rooms = (rules, relevance, guidance, models, data, sys.modules[__name__])
     digest = hashlib.sha256("".join(map(inspect.getsource, rooms)).encode())
     return f"{__version__}+{digest.hexdigest()[:8]}"
 
