@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena import data, guidance, interception, layers, models, relevance, rules
+from athena import guidance, interception, layers, relevance, rules
+from athena.experiments import data, models
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 

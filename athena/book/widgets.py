@@ -28,7 +28,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from athena import data, figures, rules, training
+from athena import rules
+from athena.book import figures
+from athena.experiments import data, training
 from athena.guidance import SCOPES
 from athena.relevance import lrp
 
