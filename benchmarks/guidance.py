@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 import athena
-from athena.models import cnn, mlp
+from athena.experiments.models import cnn, mlp
 from athena.rules import Epsilon, Rule, Zero
 
 WARM_UP = 3
@@ -227,7 +227,7 @@ class Arm:
         _relevance_cache.clear()
 
     def calls(self, x: Tensor) -> int:
-        """The calls, into Python and into C, that `model(x)` makes: of `every` passes in a row the one with the most."""
+        """The calls that Python makes in `model(x)`, those into C as well: the most of `every` passes in a row."""
         return max(self._calls(x) for _ in range(self.every))
 
     def _calls(self, x: Tensor) -> int:
@@ -278,14 +278,14 @@ class Network(NamedTuple):
         build: makes it, with random weights.
         shape: of a batch of its images.
         cases: the guidances of it.
-        steps: how many stand for one step of the CNN.
+        often: how many steps of it are timed for one of the CNN.
     """
 
     title: str
     build: Callable[[], nn.Module]
     shape: tuple[int, int, int, int]
     cases: tuple[Case, ...] = WHOLE
-    steps: int = 1
+    often: int = 1
 
 
 def resnet() -> nn.Module:
@@ -294,12 +294,12 @@ def resnet() -> nn.Module:
 
 IMAGES = (64, 3, 32, 32)
 NETWORKS = {
-    "mlp": Network("MLP", mlp, (64, 1, 32, 32), steps=10),
-    "mlp-class": Network("MLP, a class of the user's own", OwnMLP, (64, 1, 32, 32), steps=10),
+    "mlp": Network("MLP", mlp, (64, 1, 32, 32), often=10),
+    "mlp-class": Network("MLP, a class of the user's own", OwnMLP, (64, 1, 32, 32), often=10),
     "cnn": Network("CNN", cnn, IMAGES, (*WHOLE, Case("all", Epsilon(1e-6), 2), Case("all", Epsilon(1e-6), 4))),
     "cnn-linear": Network("CNN, linear part", cnn, IMAGES, (LINEAR,)),
     "resnet18": Network("ResNet-18", resnet, IMAGES),
-    "vit": Network("ViT of 6 blocks", vit, (4, 3, 32, 32), steps=4),
+    "vit": Network("ViT of 6 blocks", vit, (4, 3, 32, 32), often=4),
 }
 
 
@@ -340,7 +340,7 @@ def measure(name: str, rounds: int, alone: bool, threads: int, device: str) -> I
     arms = arms_of(name, alone, device)
     order = random.Random(0)
     most = max(arm.every for arm in arms)
-    count = -(-rounds * NETWORKS[name].steps // most) * most
+    count = -(-rounds * NETWORKS[name].often // most) * most
     for number in range(WARM_UP + count):
         if number == WARM_UP:
             for arm in arms:
@@ -352,8 +352,8 @@ def measure(name: str, rounds: int, alone: bool, threads: int, device: str) -> I
         if device == "cpu" and memory.told():
             arm.bytes = memory.in_fresh_process(memory.GIVEN_BACK, peak_of, name, place, alone, threads)
     calls = [arm.calls(x) for arm in arms]
-    network = NETWORKS[name]
-    yield report.Table(f"{network.title}, {' x '.join(map(str, network.shape))}", count, rows(arms, calls))
+    title = f"{NETWORKS[name].title}, {report.shape(NETWORKS[name].shape)}"
+    yield report.Table(title, count, rows(arms, calls))
 
 
 def rows(arms: list[Arm], calls: list[int]) -> list[dict[str, str | float]]:

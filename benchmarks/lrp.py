@@ -7,7 +7,7 @@ machine does hits them alike. It keeps the memory that it frees (`memory.keep_fr
 timed in a process as it comes as well, where memory is given back between calls and costs a page fault for every 4 KiB
 to get again: that is the price for someone who sets nothing.
 
-Times are CPU seconds of this process, on a GPU those of a clock. Where one call is short, a round times some in a row.
+Times are CPU seconds of this process, on a GPU those of a clock. Small networks are timed more often.
 
 An explanation is that of the predicted class of each of a batch of random images, down to the input, by a float32
 network in eval mode with random weights. The arms:
@@ -20,8 +20,9 @@ network in eval mode with random weights. The arms:
     Captum    `LRP(model).attribute`, with the classes known and the rules on the layers before the clock starts (they
               have to be put there for each call). It knows no `nn.Flatten`, which gets its epsilon rule here
 
-The peers are measured on the CNN and on VGG-16; what they cannot express is left out. That all arms of a rule give the same relevance is shown in
-tests/test_peers.py, for Captum on networks without bias (its gamma and z-plus treat the bias in their own way).
+The peers are measured on the CNN and on VGG-16; what they cannot express is left out. That all arms of a rule give the
+same relevance is shown in tests/test_peers.py, for Captum on networks without bias (its gamma and z-plus treat the bias
+in their own way).
 
 Peak memory is what one explanation adds to the model and the images. On a GPU PyTorch counts it. On the CPU each arm
 runs once in a fresh process, and the highest resident size during the call less that before it is read from
@@ -51,7 +52,7 @@ from zennit.core import Composite, Hook
 from zennit.types import Activation, AvgPool, Linear
 
 import athena
-from athena.models import cnn, mlp
+from athena.experiments.models import cnn, mlp
 from athena.rules import Epsilon, EpsilonPlus, Gamma, Preset, Rule, Zero, ZPlus
 
 WARM_UP = 1
@@ -67,6 +68,7 @@ class Network(NamedTuple):
         shape: of a batch of its images.
         rules: those to explain it by.
         peers: whether zennit and Captum explain it too, and ATHENA by more rules.
+        often: how many rounds of it there are for one of the CNN.
         calls: explanations in a row that a round times.
     """
 
@@ -75,22 +77,23 @@ class Network(NamedTuple):
     shape: tuple[int, int, int, int]
     rules: tuple[Rule | Preset, ...] = SIMPLE
     peers: bool = False
+    often: int = 1
     calls: int = 1
 
     def __str__(self) -> str:
         """The title and the shape."""
-        return f"{self.title}, {' x '.join(map(str, self.shape))}"
+        return f"{self.title}, {report.shape(self.shape)}"
 
 
 zoo = torchvision.models
 NETWORKS = {
-    "mlp": Network("MLP of thesis table 6.1", mlp, (64, 1, 32, 32), calls=10),
-    "mlp-1": Network("MLP of thesis table 6.1", mlp, (1, 1, 32, 32), calls=50),
+    "mlp": Network("MLP of thesis table 6.1", mlp, (64, 1, 32, 32), often=10),
+    "mlp-1": Network("MLP of thesis table 6.1", mlp, (1, 1, 32, 32), often=10, calls=10),
     "cnn": Network("CNN of thesis table 6.1", cnn, (64, 3, 32, 32), peers=True),
-    "cnn-8": Network("CNN of thesis table 6.1", cnn, (8, 3, 32, 32), calls=2),
+    "cnn-8": Network("CNN of thesis table 6.1", cnn, (8, 3, 32, 32), often=4),
     "vgg16": Network("VGG-16", zoo.vgg16, (16, 3, 64, 64), peers=True),
-    "resnet18": Network("ResNet-18", zoo.resnet18, (4, 3, 64, 64), calls=4),
-    "vit": Network("ViT of 6 blocks", vit, (4, 3, 32, 32), calls=4),
+    "resnet18": Network("ResNet-18", zoo.resnet18, (4, 3, 64, 64), often=4),
+    "vit": Network("ViT of 6 blocks", vit, (4, 3, 32, 32), often=10),
     "mobilenet_v2": Network("MobileNetV2", zoo.mobilenet_v2, (4, 3, 160, 160)),
     "efficientnet_b0": Network("EfficientNet-B0", zoo.efficientnet_b0, (4, 3, 160, 160)),
     "resnet50": Network("ResNet-50", zoo.resnet50, (8, 3, 128, 128), rules=(EpsilonPlus(),)),
@@ -268,6 +271,7 @@ def as_it_comes(name: str, count: int, threads: int) -> list[list[float]]:
 def measure(name: str, count: int, alone: bool, threads: int, device: str) -> Iterator[report.Table]:
     """The tables of one network."""
     network = NETWORKS[name]
+    count *= network.often
     arms = arms_of(name, alone, device)
     names = [arm.name for arm in arms]
     seconds, peak = rounds(arms, count, network.calls, device)

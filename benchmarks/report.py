@@ -16,13 +16,18 @@ class Table(NamedTuple):
 
     Attributes:
         title: the network.
-        rounds: how often each arm was timed.
+        rounds: how often each arm was timed; null in a file says that this is not known.
         rows: one for each arm: its name, and its numbers by the name of the column.
     """
 
     title: str
     rounds: int
     rows: list[dict[str, str | float]]
+
+
+def shape(given: Sequence[int]) -> str:
+    """The shape of a batch as a title has it, such as ``"64 x 3 x 32 x 32"``."""
+    return " x ".join(map(str, given))
 
 
 def options(description: str, names: Iterable[str], rounds: int) -> argparse.Namespace:
@@ -33,14 +38,16 @@ def options(description: str, names: Iterable[str], rounds: int) -> argparse.Nam
     parser.add_argument("--alone", action="store_true", help="leave out every other implementation")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, help="a JSON file for the numbers, such as results/benchmarks/lrp-mine.json")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON file for the numbers, such as results/benchmarks/lrp-mine.json"
+    )
     chosen = parser.parse_args()
     chosen.only = chosen.only or list(names)
     return chosen
 
 
 def now(device: str) -> float:
-    """Seconds: of this process on its CPU, which others on the same machine do not take part in; of a clock for a GPU."""
+    """The CPU seconds of this process, in which other programs have no part; on a GPU those of a clock."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -65,7 +72,7 @@ def run(chosen: argparse.Namespace, measure: Callable[[str], Iterable[Table]]) -
     """Measures each network, prints its tables as soon as they are there, and stores all where `--out` says."""
     import pandas as pd  # the processes that measure memory do without
 
-    from athena import tables
+    from athena.book import tables
 
     conditions: Mapping[str, Any] = {
         "PyTorch": torch.__version__,
@@ -80,4 +87,5 @@ def run(chosen: argparse.Namespace, measure: Callable[[str], Iterable[Table]]) -
             measured.append(table._asdict())
             if chosen.out:
                 chosen.out.write_text(json.dumps({"conditions": conditions, "tables": measured}, indent=1) + "\n")
-            print("", table.title, tables.cells(pd.DataFrame(table.rows)).to_string(index=False), sep="\n", flush=True)
+            text = tables.cells(pd.DataFrame(table.rows)).to_string(index=False)
+            print("", tables.title(measured[-1]), text, sep="\n", flush=True)

@@ -12,7 +12,19 @@ import pandas as pd
 from athena import experiments
 from athena.experiments import statistics
 
-__all__ = ["benchmark", "by_share", "cells", "comparison", "conditions", "endpoints", "percent", "points", "say", "shown"]
+__all__ = [
+    "benchmark",
+    "by_share",
+    "cells",
+    "comparison",
+    "conditions",
+    "endpoints",
+    "percent",
+    "points",
+    "say",
+    "shown",
+    "title",
+]
 
 NOT_RUN = "not yet run"
 DIGITS = {"ms": 1, "peak MiB": 1, "MiB in step": 1, "calls": 0}
@@ -37,23 +49,29 @@ def benchmark(name: str) -> tuple[str, dict[str, pd.DataFrame]]:
     """What a benchmark measured, as it is stored in ``results/benchmarks/``, such as ``"lrp-avx512"``.
 
     Returns:
-        What it ran on, as a line, and its tables by their titles: one row for each arm, its name first, the numbers as
-        they were measured.
+        The conditions in one line, and the tables by their titles: the name of an arm in the column `arm`, and its
+        numbers in the others, NaN for what was not measured.
     """
     stored = json.loads((experiments.root() / "results" / "benchmarks" / f"{name}.json").read_text("utf8"))
-    return conditions(stored["conditions"]), {table["title"]: pd.DataFrame(table["rows"]) for table in stored["tables"]}
+    return conditions(stored["conditions"]), {title(table): pd.DataFrame(table["rows"]) for table in stored["tables"]}
+
+
+def title(table: Mapping[str, Any]) -> str:
+    """The title of a benchmark's table, with how many rounds it is the median of, where that is known."""
+    return f"{table['title']}, {table['rounds']} rounds" if table["rounds"] else str(table["title"])
 
 
 def conditions(given: Mapping[str, Any]) -> str:
-    """What a benchmark ran on, in one line; its keys are those of a file in ``results/benchmarks/``."""
-    return "PyTorch {PyTorch}, {device}, {threads} thread(s), {seconds} seconds".format_map(given)
+    """The conditions of a benchmark in one line; `given` is what stands under that name in its file."""
+    return "PyTorch {PyTorch}, {device}, {threads} thread(s), {seconds} time".format_map(given)
 
 
 def cells(measured: pd.DataFrame) -> pd.DataFrame:
-    """A table of a benchmark as text; a cell that was not measured is empty."""
-    numbers = measured.select_dtypes("number")
-    text = {name: column.map(f"{{:.{DIGITS.get(name, 2)}f}}".format) for name, column in numbers.items()}
-    return measured.assign(**text).replace("nan", "")
+    """A table of a benchmark as text. The cell of a number that was not measured is empty."""
+    text = measured.copy()
+    for name in map(str, measured.select_dtypes("number")):
+        text[name] = measured[name].map(f"{{:.{DIGITS.get(name, 2)}f}}".format)
+    return text.replace("nan", "")
 
 
 def say(text: str) -> None:
