@@ -56,6 +56,8 @@ from athena.experiments.models import cnn, mlp
 from athena.rules import Epsilon, EpsilonPlus, Gamma, Preset, Rule, Zero, ZPlus
 
 WARM_UP = 1
+LEAST = 2**18
+"""Bytes of a plain gradient below which memory is not compared: it comes in pages."""
 SIMPLE: tuple[Rule | Preset, ...] = (Zero(), Epsilon(1e-6))
 
 
@@ -300,7 +302,7 @@ def rows(names: list[str], seconds: list[list[float]], peak: list[int]) -> list[
         }
         if place > ours > 0:
             row["of athena"] = report.ratio(seconds[place], seconds[ours])
-        if peak[place]:
+        if peak[0] > LEAST:
             row |= {"peak MiB": peak[place] / 2**20, "MiB of plain": peak[place] / peak[0]}
         found.append(row)
     return found
