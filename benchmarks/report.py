@@ -47,7 +47,7 @@ def options(description: str, names: Iterable[str], rounds: int) -> argparse.Nam
 
 
 def now(device: str) -> float:
-    """The CPU seconds of this process, in which other programs have no part; on a GPU those of a clock."""
+    """The CPU seconds of this process, of all its threads together; on a GPU the seconds of a clock."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
