@@ -1,9 +1,9 @@
 """What a run costs, roughly: to order the runs of a sweep, and to tell the time that is left."""
 
 from athena.experiments import data
+from athena.experiments.models import STEP_COST
 from athena.experiments.training import Run
 
-STEP_COST = {"mlp": 1.0, "cnn": 45.0}
 GUIDED_COST = 0.3
 """What guidance adds to a step."""
 FORWARD_COST = 1 / 3
@@ -13,7 +13,7 @@ FORWARD_COST = 1 / 3
 def cost(run: Run) -> int:
     """What a run costs, in training steps of the MLP on one image, roughly: to order runs and to tell the time left.
 
-    A whole number, so that the parts of a progress bar add up to its end.
+    A whole number, so that the updates of a progress bar sum exactly to its total.
     """
     images, tested = data.DATA_SETS[run.dataset].train, data.DATA_SETS[run.dataset].test
     trained = images * run.fraction * run.epochs * (1 + GUIDED_COST / run.every * bool(run.factor))
