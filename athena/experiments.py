@@ -50,7 +50,7 @@ __all__ = [
     "sweep",
 ]
 
-ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every")
+ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control")
 """The fields of a `Run` that say how it is guided: all that a guided run and its plain partner differ in."""
 
 COLUMNS = [field.name for field in fields(Run)] + [
@@ -107,6 +107,7 @@ class Study:
     Attributes:
         name: the file's name without ``.toml``; the store has the same.
         title, question: for readers.
+        plan: what was decided before the first run: contrasts, endpoint, test, what counts as success; or None.
         base: what all its runs share, as one `Run`.
         runs: every run, once.
         thesis_table: the thesis table it repeats, a value of the column `table` in the published numbers, or None.
@@ -118,6 +119,7 @@ class Study:
     base: Run
     runs: tuple[Run, ...]
     thesis_table: str | None = None
+    plan: str | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> "Study":
