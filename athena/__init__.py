@@ -3,7 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-from athena import rules
+from athena import (
+    _aliases,  # noqa: F401
+    rules,
+)
 from athena.guidance import DivergedError, Guidance
 from athena.interception import UnsupportedLayer
 from athena.relevance import Relevance, lrp
@@ -21,16 +24,16 @@ __all__ = [
     "train",
 ]
 
-# Explaining and guiding need PyTorch alone; the rooms that need more are imported when they are first asked for.
-_ROOMS = (
+# Explaining and guiding need PyTorch alone; modules that need more are imported when they are first asked for.
+_MODULES = (
     *("data", "experiments", "figures", "layers", "models", "quality", "statistics", "tables", "training", "widgets"),
 )
-_HOMES = {"Run": "training", "results": "experiments", "train": "training"}
+_NAMES = {"Run": "training", "results": "experiments", "train": "training"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _MODULES:
         return import_module(f"athena.{name}")
-    if name in _HOMES:
-        return getattr(import_module(f"athena.{_HOMES[name]}"), name)
+    if name in _NAMES:
+        return getattr(import_module(f"athena.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'athena' has no attribute {name!r}")

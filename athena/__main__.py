@@ -8,7 +8,9 @@ import pandas as pd
 import torch
 import typer
 
-from athena import data, experiments, interception, statistics, tables, training
+from athena import experiments, interception
+from athena.book import tables
+from athena.experiments import data, statistics, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 

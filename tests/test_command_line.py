@@ -39,7 +39,7 @@ def nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that takes the place of the checkout, with a study in it."""
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
     (tmp_path / "studies").mkdir()
     (tmp_path / "results").mkdir()
     (tmp_path / "studies" / "tiny.toml").write_text(STUDY)
@@ -143,7 +143,7 @@ def test_a_sweep_takes_over_what_another_study_has_measured(folder: Path, monkey
         trained.append(run)
         return train(run, device)
 
-    monkeypatch.setattr(experiments, "train", remembered)
+    monkeypatch.setattr("athena.experiments.study.train", remembered)
     assert athena("sweep", folder / "studies" / "tiny.toml", "--workers", "1").exit_code == 0
     assert sorted({run.seed for run in trained}) == [0, 2] and len(trained) == 4
 
@@ -160,7 +160,7 @@ def test_a_report_on_a_sweep_under_way_counts_what_is_there(folder: Path) -> Non
 
 def test_a_report_beside_the_thesis_shows_its_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = experiments.published
-    (folder / "book").symlink_to(Path(experiments.__file__).parent.parent / "book")
+    (folder / "book").symlink_to(Path(experiments.__file__).parents[2] / "book")
     table = published("accuracy").query("model == 'mlp' and percent == 5")
     assert len(table) > 0
     name = table["table"].iloc[0]

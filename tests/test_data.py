@@ -645,7 +645,7 @@ def test_a_stand_in_for_damaged_data_comes_with_a_warning(mnist: Path) -> None:
 
 def test_the_data_folder_is_the_checkouts_or_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ATHENA_DATA", raising=False)
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "checkout" / "athena" / "data.py"))
+    monkeypatch.setattr(data, "__file__", str(tmp_path / "checkout/athena/experiments/data/__init__.py"))
     monkeypatch.chdir(tmp_path)
     assert data.folder() == tmp_path / "data"
     (tmp_path / "checkout" / "studies").mkdir(parents=True)

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from athena import data, experiments
+from athena import data, experiments, training
 from athena.experiments import (
     ARM,
     Store,
@@ -35,6 +35,7 @@ from athena.experiments import (
     results,
     sweep,
 )
+from athena.experiments.study import _processes
 from athena.training import Run
 
 TINY = Run(dataset="mnist5k", fraction=0.02, epochs=1)
@@ -77,7 +78,7 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch, fingerprint: str) -> Trainer:
     fake = Trainer(fingerprint, [])
-    monkeypatch.setattr(experiments, "train", fake)
+    monkeypatch.setattr("athena.experiments.study.train", fake)
     return fake
 
 
@@ -270,7 +271,7 @@ def test_an_error_while_writing_frees_the_store(store: Store) -> None:
 def test_results_are_one_row_a_run_with_every_field(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fingerprint: str
 ) -> None:
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
     runs = [*SEEDS, replace(TINY, factor=0.1, scope=("linear1",), normalise="max", monitor="test")]
     with Store(tmp_path / "results" / "mine.jsonl").open() as append:
         for n, run in enumerate(runs):
@@ -293,7 +294,7 @@ def test_results_are_one_row_a_run_with_every_field(
 def test_results_of_a_store_without_lines_have_the_same_columns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fingerprint: str
 ) -> None:
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
     with Store(tmp_path / "results" / "begun.jsonl").open():
         pass
     frame = results("begun")
@@ -304,8 +305,8 @@ def test_results_of_a_store_without_lines_have_the_same_columns(
 def test_what_a_chapter_collects_is_trained_once_and_only_where_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
-    monkeypatch.setattr(experiments, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study._processes", ThreadPoolExecutor)
     study = Study("mine", "title", "question", base=TINY, runs=tuple(SEEDS))
     with study.store.open() as append:
         append(line_of(SEEDS[1], trainer.fingerprint, accuracy=0.9))
@@ -321,8 +322,8 @@ def test_what_a_chapter_collects_is_trained_once_and_only_where_it_is_missing(
 def test_chapters_that_train_at_the_same_time_take_turns_and_train_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
-    monkeypatch.setattr(experiments, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study._processes", ThreadPoolExecutor)
     under_way, go_on = threading.Event(), threading.Event()
 
     def slowly(run: Run, device: str | None) -> SimpleNamespace:
@@ -330,7 +331,7 @@ def test_chapters_that_train_at_the_same_time_take_turns_and_train_nothing_twice
         assert go_on.wait(30)
         return trainer(run, device)
 
-    monkeypatch.setattr(experiments, "train", slowly)
+    monkeypatch.setattr("athena.experiments.study.train", slowly)
     study = Study("mine", "title", "question", base=TINY, runs=tuple(SEEDS))
     with ThreadPoolExecutor(2) as chapters:
         one = chapters.submit(collect, study, SEEDS[:3])
@@ -346,8 +347,8 @@ def test_chapters_that_train_at_the_same_time_take_turns_and_train_nothing_twice
 def test_a_chapter_falls_back_to_the_stand_in_as_a_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: Trainer
 ) -> None:
-    monkeypatch.setattr(experiments, "root", lambda: tmp_path)
-    monkeypatch.setattr(experiments, "_processes", ThreadPoolExecutor)
+    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.study._processes", ThreadPoolExecutor)
     monkeypatch.setenv("ATHENA_DATA", str(tmp_path / "nowhere"))
     monkeypatch.setattr(data, "_download", _refuse)
     runs = [replace(run, dataset="mnist") for run in SEEDS]
@@ -385,7 +386,7 @@ def test_a_sweep_runs_what_is_missing_and_a_second_one_nothing(store: Store, tra
 
 def test_a_sweep_trains_in_the_same_way_as_train(store: Store) -> None:
     (line,) = swept([replace(TINY, factor=1.0, scope="all")], store)
-    result = experiments.train(replace(TINY, factor=1.0, scope="all")).line()
+    result = training.train(replace(TINY, factor=1.0, scope="all")).line()
     times = {"seconds", "peak_bytes"}
     assert {k: v for k, v in line.items() if k not in times} == {k: v for k, v in result.items() if k not in times}
     assert store.runs()[line["key"]] == line
@@ -485,7 +486,7 @@ def _refuse(name: str, root: Path) -> None:
 def test_a_run_that_fails_leaves_what_was_finished_in_the_store(
     store: Store, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr(experiments, "_processes", ThreadPoolExecutor)  # which can share the trainer
+    monkeypatch.setattr("athena.experiments.study._processes", ThreadPoolExecutor)  # which can share the trainer
     trainer.fails_on = replace(TINY, epochs=3)  # the dearest, so the last
     with pytest.raises(SweepError, match=r"1 of 5 runs failed.*epochs=3.*the run went wrong") as caught:
         swept([trainer.fails_on, *SEEDS], store, workers=workers)
@@ -549,7 +550,7 @@ def test_a_worker_that_is_killed_ends_the_sweep_and_loses_runs_in_flight_alone(
 
     missing = [run for run in runs if run.key not in done]
     fake = Trainer(next(iter(done.values()))["fingerprint"], [])
-    monkeypatch.setattr(experiments, "train", fake)
+    monkeypatch.setattr("athena.experiments.study.train", fake)
     swept(runs, store)
     assert fake.asked == missing and len(store.lines()) == 400
 
@@ -558,7 +559,7 @@ def test_a_sweep_that_ends_early_leaves_other_processes_of_its_caller_alone(stor
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     other.start()
     try:
-        with pytest.raises(ZeroDivisionError), experiments._processes(2):
+        with pytest.raises(ZeroDivisionError), _processes(2):
             1 / 0  # noqa: B018
         other.join(1)
         assert other.is_alive()
@@ -571,9 +572,10 @@ SWEEP = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would pass on that it is ignored
 from pathlib import Path
-from athena import __main__, experiments
+from athena import __main__
+from athena.experiments import study
 folder, workers = sys.argv[1:]
-experiments.root = lambda: Path(folder)
+study.root = lambda: Path(folder)
 sys.argv[1:] = ["sweep", f"{folder}/studies/s.toml", "--workers", workers, "--device", "cpu"]
 print("begun", flush=True)
 __main__.main()

@@ -28,7 +28,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from athena import data, figures, rules, training
+from athena import rules
+from athena.book import figures
+from athena.experiments import data, training
 from athena.guidance import SCOPES
 from athena.relevance import lrp
 
@@ -258,7 +260,7 @@ class FactorExplorer(Explorer):
     def _one_seed(self, pair: _Pair, runs: Mapping[str, training.Run]) -> Iterator[_Pair]:
         base = runs["plain"]
         whole = data.load(base.dataset, base.fraction, base.seed)
-        batches = base.epochs * -(-len(whole.train_labels) // base.batch_size)
+        batches = round(base.epochs * -(-len(whole.train_labels) // base.batch_size))
         most, images = PACE[base.model]
         every = min(most, max(1, batches // GLIMPSES))
         watched = [training.watch(run, every, images) for run in runs.values()]

@@ -29,9 +29,9 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from athena import data
-from athena.data import DataError
-from athena.training import Run, train
+from athena.experiments import data
+from athena.experiments.data import DataError
+from athena.experiments.training import Run, train
 
 __all__ = [
     "ARM",
@@ -77,7 +77,7 @@ class SweepError(Exception):
 
 def root() -> Path:
     """The folder that holds ``studies/`` and ``results/``: the checkout of this package, else the current folder."""
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "studies").is_dir() else Path.cwd()
 
 

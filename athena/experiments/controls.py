@@ -58,7 +58,7 @@ def activation(relevance: None, gradient: Tensor, output: Tensor, generator: tor
 
 
 def gradient_activation(relevance: None, gradient: Tensor, output: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss gradient times the output: below 0 where a neuron lowers the loss, so it damps with a positive factor."""
+    """The loss gradient times the output: below 0 where a neuron lowers the loss; a positive factor then damps."""
     return gradient * output
 
 

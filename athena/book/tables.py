@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from athena import experiments, statistics
+from athena import experiments
+from athena.experiments import statistics
 
 __all__ = ["by_share", "comparison", "endpoints", "percent", "points", "printed", "say", "shown"]
 

@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from athena import statistics
+from athena.experiments import statistics
 
 __all__ = [
     "accuracy",

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 
-from athena.experiments import ARM
+from athena.experiments.study import ARM
 
 PAIRING = "seed"
 

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena import controls, data, guidance, models, rules
+from athena import guidance, rules
+from athena.experiments import controls, data, models
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 
@@ -96,7 +97,8 @@ class Run:
         restore_best: whether the weights of the best look are put back at the end.
         threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
         every: as for `athena.Guidance`: of so many steps one is guided.
-        control: a name of `athena.controls.CONTROLS`: what stands in the place of relevance; None is relevance itself.
+        control: what stands in the place of relevance, a name of `athena.experiments.controls.CONTROLS`; None is
+            relevance itself. Its random numbers are drawn apart from all others.
         smoothing: label smoothing (Szegedy et al. 2016): the share of the target that all classes have in common.
         schedule: ``"constant"``, or ``"onecycle"``: the learning rate rises over the first 30 % of the steps and falls
             to nearly 0 by the last (Smith and Topin 2018, `torch.optim.lr_scheduler.OneCycleLR` as it comes).
@@ -173,8 +175,8 @@ class Result:
 
     Attributes:
         run: what was run.
-        accuracy: on the test set after each epoch and at the end, 0 to 1. After an early stop the last entry is that of the weights
-            kept; after a divergence the rest is what the network scores that this left.
+        accuracy: on the test set after each epoch and at the end, 0 to 1. After an early stop the last entry is that of
+            the weights kept; after a divergence the rest is what the network scores that this left.
         seconds: training alone, without loading, evaluation and early stopping's looks.
         peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
         stopped_at: the step after which early stopping ended the run, or None.

@@ -200,7 +200,7 @@ def folder() -> Path:
     """Where data sets lie: $ATHENA_DATA, else data/ in the checkout, else data/ in the current folder."""
     if chosen := os.environ.get("ATHENA_DATA"):
         return Path(chosen).expanduser().absolute()
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[3]
     return (checkout if (checkout / "studies").is_dir() else Path.cwd()) / "data"
 
 
