@@ -10,6 +10,7 @@ Not here: one run (`athena.training`), what the numbers mean (`athena.statistics
 import ast
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -367,7 +368,8 @@ def cost(run: Run) -> int:
     trained = images * run.fraction * run.epochs * (1 + GUIDED_COST / run.every * bool(run.factor))
     batches = images * run.fraction / run.batch_size
     looks = run.epochs * batches / max(1, run.window * batches) if run.monitor else 0  # each about as dear as a test
-    return round((trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000)
+    tests = math.ceil(run.epochs) if run.tested == "each epoch" else 1
+    return round((trained + FORWARD_COST * tested * (tests + looks)) * STEP_COST[run.model] + 3000)
 
 
 def _run(line: dict[str, Any]) -> Run:

@@ -42,6 +42,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": guidance.GRANULARITY,
     "control": (None, *controls.CONTROLS),
     "schedule": ("constant", "onecycle"),
+    "tested": ("each epoch", "at the end"),
     "precision": ("float32", "tf32", "bfloat16"),
     "monitor": (None, "validation", "test"),
     "restore_best": (True, False),
@@ -67,6 +68,7 @@ SINCE: dict[str, Any] = {
     "smoothing": 0.0,
     "schedule": "constant",
     "weight_decay": 0.0,
+    "tested": "each epoch",
 }
 """Fields that came after the first results, with the value that all runs had before."""
 ONE_AT_A_TIME = threading.Lock()
@@ -103,6 +105,8 @@ class Run:
         schedule: ``"constant"``, or ``"onecycle"``: the learning rate rises over the first 30 % of the steps and falls
             to nearly 0 by the last (Smith and Topin 2018, `torch.optim.lr_scheduler.OneCycleLR` as it comes).
         weight_decay: of AdamW (Loshchilov and Hutter 2019), which without it is Adam.
+        tested: when the network is scored on the test set: after ``"each epoch"``, or ``"at the end"`` alone. On little
+            data the tests take longer than the training.
     """
 
     model: str = "mlp"
@@ -129,6 +133,7 @@ class Run:
     smoothing: float = 0.0
     schedule: str = "constant"
     weight_decay: float = 0.0
+    tested: str = "each epoch"
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -175,8 +180,8 @@ class Result:
 
     Attributes:
         run: what was run.
-        accuracy: on the test set after each epoch and at the end, 0 to 1. After an early stop the last entry is that of
-            the weights kept; after a divergence the rest is what the network scores that this left.
+        accuracy: on the test set, 0 to 1, each time that ``run.tested`` asks for it. After an early stop the last entry
+            is that of the weights kept; after a divergence the rest is what the network scores that this left.
         seconds: training alone, without loading, evaluation and early stopping's looks.
         peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
         stopped_at: the step after which early stopping ended the run, or None.
@@ -348,17 +353,18 @@ class _Loop:
             yield batches[: self.total_steps - first]
 
     def run_epochs(self) -> None:
-        for batches in self.shuffled():
+        for epoch, batches in enumerate(self.shuffled(), 1):
             while batches and self.diverged is None and self.stopped_at is None:
                 window = len(batches) if self.stopping is None else self.stopping.window
                 self.train_on(batches[:window])
                 batches = batches[window:]
                 if self.stopping is not None and self.stopping.look(self):
                     self.stopped_at = self.steps
-            last = self.stopped_at is not None or (len(self.accuracy) + 1) * self.batches >= self.total_steps
+            last = self.stopped_at is not None or epoch * self.batches >= self.total_steps
             if last and self.stopping is not None and self.run.restore_best:
                 self.stopping.restore(self)
-            self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
+            if last or self.run.tested == "each epoch":
+                self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
             if self.stopped_at is not None:
                 break
         self.guidance.remove()
