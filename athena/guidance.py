@@ -11,7 +11,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -41,6 +41,8 @@ SCOPES: dict[str, tuple[type[LRPLayer], ...]] = {
 }
 NORMALISE = (None, "max", "rms")
 GRANULARITY = ("sample", "neuron")
+Signal = Callable[[Any, Tensor, Tensor], Tensor]
+"""What may stand in the place of relevance: from relevance (None where it is not needed), gradient and output."""
 REENTRANT = "CheckpointFunctionBackward"
 """The node of the graph that holds what `torch.utils.checkpoint` runs with ``use_reentrant=True``."""
 
@@ -91,6 +93,12 @@ class Guidance:
         on_divergence: ``"raise"`` a `DivergedError` out of the backward pass, before the optimiser can take the step,
             or ``"record"`` the first one in `diverged` and go on.
         every: guide one forward pass in so many, from the first on. What guidance costs falls in the same proportion.
+        signal: what to scale by in the place of relevance, to ask what relevance itself contributes. A function
+            ``signal(relevance, gradient, output)``, called when the loss gradient reaches a guided layer, with three
+            tensors in the shape of the layer's output: its relevance (not normalised), the gradient, and the output.
+            Where a ReLU follows the layer, that of the ReLU may be given for the output: where they differ, relevance
+            and gradient are 0. It returns a tensor of that shape; `normalise` and `granularity` then apply to it. If
+            the function has an attribute ``needs_relevance`` that is False, relevance is not computed, and is None.
 
     Attributes:
         labels: (batch,) class indices for the next forward pass, with ``target="label"``; used up by it.
@@ -116,13 +124,15 @@ class Guidance:
         granularity: str = "sample",
         on_divergence: str = "raise",
         every: int = 1,
+        signal: Signal | None = None,
     ) -> None:
         _one_of("normalise", normalise, NORMALISE)
         _one_of("granularity", granularity, GRANULARITY)
         _one_of("on_divergence", on_divergence, ("raise", "record"))
         self.model, self.factor, self.rule, self.scope, self.target = model, factor, RuleChoice(rule), scope, target
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
-        self.every = every
+        self.every, self.signal = every, signal
+        self._needs_relevance = signal is None or getattr(signal, "needs_relevance", True)
         self._paths = Paths(model)
         self._check()
         # Of all layers, as long as the graph of a forward pass is asked what the pass did; None once it could not tell.
@@ -174,6 +184,8 @@ class Guidance:
                 raise TypeError(f"factor{f' of {path!r}' if path else ''} is {factor!r}; give a finite number")
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"every={self.every!r}: give a whole number of forward passes, at least 1")
+        if self.signal is not None and not callable(self.signal):
+            raise TypeError(f"signal={self.signal!r}: give a function of relevance, gradient and output, or None")
         if isinstance(self.target, str):
             _one_of("target", self.target, ("softmax", "logits", "label"))
         paths = set(factors) - {""}
@@ -241,9 +253,12 @@ class Guidance:
             return False
         self.step += 1
         with torch.set_grad_enabled(False):
-            ((_, d),) = starts_down(output, self._target())
-            layers = [(link.node, link.path, link.factor) for link in links if link.factor]
-            self._have_scaled(layers, chain.relevances(links, d))
+            layers = [(link.node, link.path, link.factor, link.z) for link in links if link.factor]
+            if self._needs_relevance:
+                ((_, d),) = starts_down(output, self._target())
+                self._have_scaled(layers, chain.relevances(links, d))
+            else:
+                self._have_scaled(layers, ())
         return True
 
     def _run_again(self, model: nn.Module, inputs: Any) -> Any:
@@ -259,7 +274,7 @@ class Guidance:
 
     def _guide(self, interception: Interception, output: Any) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
-        target, outputs = self._target(), tensors_in(output)
+        target, outputs = self._target() if self._needs_relevance else None, tensors_in(output)
         if interception.without_graph and any(node.name() == REENTRANT for node in nodes_below(*outputs)):
             raise UnsupportedLayer(
                 f"{interception.without_graph[0]!r} runs under torch.utils.checkpoint with use_reentrant=True, and so "
@@ -279,22 +294,39 @@ class Guidance:
             )
         with torch.set_grad_enabled(False):
             self._have_scaled(
-                [(edge.node, record.path, record.factor) for record, edge in guided],
-                relevances(output, target, guided, interception),
+                [(edge.node, record.path, record.factor, record.z) for record, edge in guided],
+                relevances(output, target, guided, interception) if self._needs_relevance else (),
             )
 
-    def _have_scaled(self, layers: Sequence[tuple[Any, str, float]], found: Iterable[tuple[str, Tensor]]) -> None:
-        """Has the gradients at `layers`, graph nodes with path and factor, scaled by the relevance that is `found`.
+    def _have_scaled(
+        self, layers: Sequence[tuple[Any, str, float, Tensor]], found: Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Has the gradients at `layers`, graph nodes with path, factor and output, scaled by what is `found`.
 
         To be called with gradients off, by ``set_grad_enabled``, which does what ``no_grad`` does in a third of the
         calls. Hooks come before the arithmetic of relevance, which takes what they need out of the processor's caches.
         """
         watch = _Watch(self)
-        for layer in layers:
-            watch.over(*layer)
-        for path, relevance in found:
-            watch.relevance[path] = self._shaped(relevance)
+        for node, path, factor, _ in layers:
+            watch.over(node, path, factor)
+        if self.signal is None:
+            for path, relevance in found:
+                watch.relevance[path] = self._shaped(relevance)
+        else:
+            watch.outputs = {path: output.detach() for _, path, _, output in layers}
+            watch.relevance = dict(found) if self._needs_relevance else dict.fromkeys(watch.outputs)
         watch.layers = len(watch.relevance)
+
+    def _signalled(self, relevance: Tensor | None, gradient: Tensor, output: Tensor, path: str) -> Tensor:
+        """What `signal` puts in the place of relevance, normalised and averaged as asked for."""
+        assert self.signal is not None
+        found = self.signal(relevance, gradient, output)
+        if found.shape != output.shape:
+            raise ValueError(
+                f"the signal gives {tuple(found.shape)} for {path!r}, whose output is {tuple(output.shape)}: return "
+                "one number for each neuron of each sample"
+            )
+        return self._shaped(found)
 
     def _target(self) -> Target:
         if not (isinstance(self.target, str) and self.target == "label"):
@@ -317,7 +349,9 @@ class _Watch:
     """Scales the gradients of one backward pass, and looks once, at its end, whether all of them are finite.
 
     Attributes:
-        relevance: by path, that of the guided layers it came to, as long as the graph keeps what it has saved.
+        relevance: by path, that of the guided layers it came to, as long as the graph keeps what it has saved; None
+            where a signal does without.
+        outputs: by path, those of the guided layers, where there is a signal that asks for them.
         layers: how many these are.
         sums: of those whose gradient has come, the factor and the sum of what was scaled; a tensor on a GPU, where a
             number has to be waited for.
@@ -325,7 +359,8 @@ class _Watch:
 
     def __init__(self, guidance: Guidance) -> None:
         self.guidance, self.step = guidance, guidance.step
-        self.relevance: dict[str, Tensor] = {}
+        self.relevance: dict[str, Any] = {}
+        self.outputs: dict[str, Tensor] = {}
         self.layers = 0
         self.sums: dict[str, tuple[float, float | Tensor]] = {}
 
@@ -335,11 +370,14 @@ class _Watch:
 
     def _scale(self, path: str, factor: float, gradients: tuple[Tensor | None]) -> tuple[Tensor] | None:
         (gradient,) = gradients
-        relevance = self.relevance.get(path)
-        if gradient is None or relevance is None:
+        if gradient is None or path not in self.relevance:
             return None
+        relevance = self.relevance[path]
+        if self.guidance.signal is not None:
+            relevance = self.guidance._signalled(relevance, gradient, self.outputs[path], path)
         if not keeps_graph():
             del self.relevance[path]
+            self.outputs.pop(path, None)
         if relevance.dtype != gradient.dtype:
             relevance = relevance.to(gradient.dtype)
         scaled = torch.addcmul(gradient, gradient, relevance, value=factor)

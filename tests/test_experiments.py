@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
+from runs import unlike
 
 from athena import data, experiments, training
 from athena.experiments import (
@@ -106,10 +107,7 @@ def test_plain_arms_of_a_grid_are_run_once() -> None:
 
 
 def test_a_plain_run_differs_from_its_guided_partner_in_the_arm_alone() -> None:
-    guided = Run(
-        *("cnn", "mnistm5k", 0.1, 2.0, 7, 5, "Zero()", "softmax", "all", "max", "neuron"),
-        *(32, 0.01, "bfloat16", "validation", 0.1, 0.2, False, 2, 3),
-    )
+    guided = unlike(Run())
     ours, theirs = plain(guided), guided
     assert ours.factor == 0 and plain(ours) == ours
     for field in fields(Run):

@@ -1,5 +1,7 @@
 """What a run costs, roughly: to order the runs of a sweep, and to tell the time that is left."""
 
+import math
+
 from athena.experiments import data
 from athena.experiments.models import STEP_COST
 from athena.experiments.training import Run
@@ -19,4 +21,5 @@ def cost(run: Run) -> int:
     trained = images * run.fraction * run.epochs * (1 + GUIDED_COST / run.every * bool(run.factor))
     batches = images * run.fraction / run.batch_size
     looks = run.epochs * batches / max(1, run.window * batches) if run.monitor else 0  # each about as dear as a test
-    return round((trained + FORWARD_COST * tested * (run.epochs + looks)) * STEP_COST[run.model] + 3000)
+    tests = math.ceil(run.epochs) if run.tested == "each epoch" else 1
+    return round((trained + FORWARD_COST * tested * (tests + looks)) * STEP_COST[run.model] + 3000)

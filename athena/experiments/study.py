@@ -19,7 +19,7 @@ from athena.experiments import places
 from athena.experiments.store import Store
 from athena.experiments.training import Run
 
-ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every")
+ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control")
 """The fields of a `Run` that say how it is guided: all that a guided run and its plain partner differ in."""
 
 
@@ -49,6 +49,7 @@ class Study:
     Attributes:
         name: the file's name without ``.toml``; the store has the same.
         title, question: for readers.
+        plan: what was decided before the first run: contrasts, endpoint, test, what counts as success; or None.
         base: what all its runs share, as one `Run`.
         runs: every run, once.
         thesis_table: the thesis table it repeats, a value of the column `table` in the published numbers, or None.
@@ -60,6 +61,7 @@ class Study:
     base: Run
     runs: tuple[Run, ...]
     thesis_table: str | None = None
+    plan: str | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> "Study":

@@ -130,7 +130,7 @@ class FactorExplorer(Explorer):
     def _one_seed(self, pair: _Pair, runs: Mapping[str, training.Run]) -> Iterator[_Pair]:
         base = runs["plain"]
         whole = data.load(base.dataset, base.fraction, base.seed)
-        batches = base.epochs * -(-len(whole.train_labels) // base.batch_size)
+        batches = round(base.epochs * -(-len(whole.train_labels) // base.batch_size))
         step = STEP_COST[base.model]
         most, images = max(4, round(50 / step)), max(250, round(1000 / step))  # about a second of work
         every = min(most, max(1, batches // GLIMPSES))
