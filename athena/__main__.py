@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import torch
 import typer
 
@@ -82,20 +81,7 @@ def report(study: StudyFile) -> None:
     if plan.thesis_table:
         table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
-    typer.echo(in_percent(table).to_string(index=False))
-
-
-def in_percent(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
-    shown = table.copy()
-    accuracies = ("baseline_mean", "mean", "difference", "low", "high")
-    for column in (*accuracies, *shown.filter(like="thesis_")):
-        shown[column] = (100 * shown[column]).round(2)
-    for column in ("p", "p_holm"):
-        shown[column] = shown[column].round(3)
-    if not shown["unpaired"].any():
-        shown = shown.drop(columns="unpaired")
-    return shown.rename(columns={"baseline_mean": "plain", "mean": "guided"})
+    typer.echo(tables.in_percent(table).to_string(index=False))
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from athena._imports import needed
 from athena.propagation.account import Account, Row
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
@@ -25,7 +26,7 @@ from athena.propagation.walk import Refusal, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas
 
 __all__ = ["Relevance", "lrp"]
 
@@ -70,7 +71,7 @@ class Relevance:
         """
         return self._account.layers
 
-    def conservation(self) -> "pd.DataFrame":
+    def conservation(self) -> "pandas.DataFrame":
         """Where the relevance went, summed over the batch in float64, from the output down.
 
         Returns:
@@ -87,15 +88,13 @@ class Relevance:
             RuntimeError: the model, or the input, has changed since the explanation.
             ImportError: pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError('conservation() gives a pandas table: pip install "athena-lrp[experiments]"') from error
+        pd = needed("pandas", "experiments", "conservation()")
         found = self._account
         whole = sum(total(part) for part in tensors_in(found.output))
         rows = [*found.rows, Row("input", sum(map(total, found.inputs)), 0.0, 0.0)]
         table = [(*row, (row.bias + row.stabiliser) / whole if whole else 0.0) for row in rows]
-        return pd.DataFrame(table, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
+        frame: pandas.DataFrame = pd.DataFrame(table, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
+        return frame
 
 
 def lrp(

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import unlike
 from torch import Tensor, nn
 
 import athena
@@ -244,29 +245,6 @@ def test_a_users_own_loop_with_guidance_is_train_bit_for_bit(target: str) -> Non
 
 # What a Run is, and its key ------------------------------------------------------------------------------------------
 
-OTHER_VALUES: dict[str, Any] = {
-    "model": "cnn",
-    "dataset": "cifar10",
-    "fraction": 0.5,
-    "factor": 0.1,
-    "seed": 1,
-    "epochs": 4,
-    "rule": "Zero()",
-    "target": "softmax",
-    "scope": "all",
-    "normalise": "max",
-    "granularity": "neuron",
-    "batch_size": 32,
-    "learning_rate": 1e-2,
-    "precision": "bfloat16",
-    "monitor": "validation",
-    "window": 0.1,
-    "patience": 0.1,
-    "restore_best": False,
-    "threads": 2,
-    "every": 3,
-}
-
 
 def test_keys_are_those_that_committed_results_rely_on() -> None:
     assert Run().key == "97509c6098a34b3c"
@@ -275,9 +253,14 @@ def test_keys_are_those_that_committed_results_rely_on() -> None:
 
 
 def test_runs_that_differ_in_any_field_differ_in_key() -> None:
-    assert OTHER_VALUES.keys() == {field.name for field in fields(Run)}
-    runs = [Run(), *(replace(Run(), **{name: value}) for name, value in OTHER_VALUES.items())]
-    assert len({run.key for run in runs}) == len(runs)
+    runs = [Run(), *(replace(Run(), **{name: value}) for name, value in asdict(unlike(Run())).items())]
+    assert len({run.key for run in runs}) == len(runs) == len(fields(Run)) + 1
+
+
+def test_a_field_that_came_later_leaves_the_key_of_a_run_without_it() -> None:
+    for name, before in training.SINCE.items():
+        assert getattr(Run(), name) == before
+        assert replace(Run(), **{name: before}).key == Run().key
 
 
 def test_one_run_written_in_several_ways_has_one_key() -> None:
@@ -300,7 +283,11 @@ def test_one_run_written_in_several_ways_has_one_key() -> None:
         pytest.param({"rule": rule}, {"rule": other}, id=rule)
         for rule, other in [("Epsilon(1)", "Epsilon(1.0)"), ("Gamma(1)", "Gamma(1.0)"), ("Zero", "Zero()")]
     ]
-    + [pytest.param({name: 2}, {name: 2.0}, id=name) for name in ("epochs", "seed", "batch_size", "threads", "every")],
+    + [
+        pytest.param({name: 2}, {name: 2.0}, id=name)
+        for name, (kind, _) in training.NUMBERS.items()
+        if kind is int or name == "epochs"
+    ],
 )
 def test_whole_numbers_and_floats_are_one_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert Run(**one).key == Run(**other).key
@@ -324,7 +311,13 @@ def test_whole_numbers_and_floats_are_one_run(one: dict[str, Any], other: dict[s
         ("fraction", "all"),
         ("epochs", 0),
         ("epochs", "3"),
-        ("epochs", 2.5),
+        ("epochs", -2.5),
+        ("smoothing", 1.0),
+        ("smoothing", -0.1),
+        ("weight_decay", -0.1),
+        ("schedule", "cosine"),
+        ("control", "shuffle"),
+        ("tested", "never"),
         ("batch_size", 0),
         ("batch_size", 1.5),
         ("threads", 0),
@@ -351,6 +344,76 @@ def test_a_value_that_no_run_can_have_is_refused_by_field_and_value(name: str, v
     with pytest.raises(ValueError, match=name) as caught:
         Run(**{name: value})
     assert str(value) in str(caught.value)
+
+
+# The schedule, fractional epochs and the loss ------------------------------------------------------------------------
+
+
+def steps_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of each step."""
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def look(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", look)
+        train(run)
+    return rates
+
+
+@pytest.mark.parametrize("epochs, steps", [(0.1, 1), (0.5, 4), (1, 8), (2.5, 20), (2.56, 20), (3, 24)])
+def test_fractional_epochs_are_the_first_steps_of_the_next(
+    epochs: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(TINY, batch_size=10, epochs=epochs)  # eight batches an epoch
+    assert len(steps_of(run, monkeypatch)) == steps
+    assert len(train(run).accuracy) == -(-steps // 8)
+
+
+def test_a_run_of_half_an_epoch_more_begins_as_the_one_without() -> None:
+    whole, more = train(replace(GUIDED, batch_size=10)), train(replace(GUIDED, batch_size=10, epochs=2.5))
+    assert more.accuracy[:2] == whole.accuracy
+    assert bits(more) != bits(whole)
+
+
+def test_onecycle_rises_to_the_learning_rate_at_30_percent_and_falls_to_nearly_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = replace(TINY, batch_size=10, epochs=2.5, learning_rate=0.01, schedule="onecycle")
+    rates = steps_of(run, monkeypatch)
+    assert len(rates) == 20
+    assert rates[0] == pytest.approx(0.01 / 25) and rates[-1] < 1e-6
+    assert rates[5] == pytest.approx(0.01) == max(rates)
+    assert rates == sorted(rates[:6]) + sorted(rates[6:], reverse=True)
+    assert set(steps_of(replace(run, schedule="constant"), monkeypatch)) == {0.01}
+
+
+def test_smoothing_and_weight_decay_are_those_of_pytorch_in_a_users_own_loop() -> None:
+    run = replace(TINY, smoothing=0.2, weight_decay=0.5, learning_rate=1e-2)
+    here = data.load(run.dataset, run.fraction, run.seed)
+    torch.manual_seed(run.seed)
+    model = models.mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5, fused=True)
+    order = torch.Generator().manual_seed(run.seed)
+    for _ in range(2):
+        for index in torch.randperm(80, generator=order).split(64):
+            optimizer.zero_grad()
+            x, y = here.train_images[index], here.train_labels[index]
+            loss = -(model(x).log_softmax(1) * (0.8 * F.one_hot(y, 10) + 0.02)).sum(1).mean()
+            loss.backward()
+            optimizer.step()
+    for ours, theirs in zip(train(run).model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert bits(train(run)) != bits(train(TINY))
+
+
+def test_a_run_tested_at_the_end_alone_has_the_last_accuracy_of_one_tested_each_epoch() -> None:
+    for run in (GUIDED, replace(TINY, epochs=2.5, monitor="test", window=0.5)):
+        each, last = train(run), train(replace(run, tested="at the end"))
+        assert last.accuracy == each.accuracy[-1:] and bits(last) == bits(each)
 
 
 # What a Result is ----------------------------------------------------------------------------------------------------

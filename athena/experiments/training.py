@@ -4,6 +4,7 @@ Not here: grids of runs and where results are kept (`athena.experiments`). To gu
 `athena.Guidance`; nothing in this file is needed for it.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -25,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena import guidance, relevance, rules
-from athena.experiments import data, models
+from athena import guidance, rules
+from athena.experiments import controls, data, models
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 
-MODELS = {"mlp": models.mlp, "cnn": models.cnn}
+MODELS = models.MODELS
 HELD_OUT = 0.1
 """The share of the training set that early stopping on ``monitor="validation"`` is decided by."""
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -39,6 +40,9 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "target": ("predicted", "softmax", "logits", "label"),
     "normalise": guidance.NORMALISE,
     "granularity": guidance.GRANULARITY,
+    "control": (None, *controls.CONTROLS),
+    "schedule": ("constant", "onecycle"),
+    "tested": ("each epoch", "at the end"),
     "precision": ("float32", "tf32", "bfloat16"),
     "monitor": (None, "validation", "test"),
     "restore_best": (True, False),
@@ -47,16 +51,25 @@ NUMBERS: dict[str, tuple[type, float]] = {
     "fraction": (float, 0.0),
     "factor": (float, -math.inf),
     "seed": (int, -math.inf),
-    "epochs": (int, 1),
+    "epochs": (float, 0.0),
     "batch_size": (int, 1),
     "learning_rate": (float, 0.0),
     "window": (float, 0.0),
     "patience": (float, 0.0),
     "threads": (int, 1),
     "every": (int, 1),
+    "smoothing": (float, 0.0),
+    "weight_decay": (float, 0.0),
 }
 """The fields that are numbers: of which kind, and not below what."""
-SINCE: dict[str, Any] = {"every": 1}
+SINCE: dict[str, Any] = {
+    "every": 1,
+    "control": None,
+    "smoothing": 0.0,
+    "schedule": "constant",
+    "weight_decay": 0.0,
+    "tested": "each epoch",
+}
 """Fields that came after the first results, with the value that all runs had before."""
 ONE_AT_A_TIME = threading.Lock()
 """Random state and `_settings` belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
@@ -72,10 +85,10 @@ class Run:
         fraction: the share of the training set, in (0, 1].
         factor: the LRP factor; 0 is plain training.
         seed: of the initial weights, the subset and the order of the batches, all three.
-        epochs: passes over the subset.
+        epochs: passes over the subset; 3.6 are three passes and the first 60 % of the batches of a fourth.
         rule: a rule of `athena.rules` as text, ``"Epsilon(1e-06)"``.
         target, scope, normalise, granularity: as for `athena.Guidance`; target ``"predicted"`` is its None.
-        batch_size, learning_rate: of Adam. The thesis names neither.
+        batch_size, learning_rate: of Adam. The thesis names neither. With a schedule the rate is its highest.
         precision: ``"float32"``; ``"tf32"``, the same but for convolutions on a GPU, which multiply in TF32, as
             PyTorch lets them unless told otherwise; ``"bfloat16"`` for autocast.
         monitor: what early stopping looks at: None for no early stopping; ``"validation"``, a tenth of the training
@@ -86,6 +99,14 @@ class Run:
         restore_best: whether the weights of the best look are put back at the end.
         threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
         every: as for `athena.Guidance`: of so many steps one is guided.
+        control: what stands in the place of relevance, a name of `athena.experiments.controls.CONTROLS`; None is
+            relevance itself. Its random numbers are drawn apart from all others.
+        smoothing: label smoothing (Szegedy et al. 2016): the share of the target that all classes have in common.
+        schedule: ``"constant"``, or ``"onecycle"``: the learning rate rises over the first 30 % of the steps and falls
+            to nearly 0 by the last (Smith and Topin 2018, `torch.optim.lr_scheduler.OneCycleLR` as it comes).
+        weight_decay: of AdamW (Loshchilov and Hutter 2019), which without it is Adam.
+        tested: when the network is scored on the test set: after ``"each epoch"``, or ``"at the end"`` alone. On little
+            data the tests take longer than the training.
     """
 
     model: str = "mlp"
@@ -93,7 +114,7 @@ class Run:
     fraction: float = 1.0
     factor: float = 0.0
     seed: int = 0
-    epochs: int = 3
+    epochs: float = 3
     rule: str = "Epsilon(1e-06)"
     target: str = "predicted"
     scope: str | tuple[str, ...] = "linear"
@@ -108,6 +129,11 @@ class Run:
     restore_best: bool = True
     threads: int = 1
     every: int = 1
+    control: str | None = None
+    smoothing: float = 0.0
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    tested: str = "each epoch"
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -122,6 +148,12 @@ class Run:
             object.__setattr__(self, name, kind(value))
         if not 0 < self.fraction <= 1:
             raise ValueError(f"Run(fraction={self.fraction}): it must be above 0 and at most 1")
+        if self.epochs == 0:
+            raise ValueError("Run(epochs=0): it must be above 0")
+        if self.epochs == int(self.epochs):  # written as the whole number that keys have been made of
+            object.__setattr__(self, "epochs", int(self.epochs))
+        if self.smoothing >= 1:
+            raise ValueError(f"Run(smoothing={self.smoothing}): it must be below 1")
         object.__setattr__(self, "rule", str(rules.parse(str(self.rule))))
         object.__setattr__(self, "restore_best", bool(self.restore_best))
         if isinstance(self.scope, str) and self.scope not in guidance.SCOPES:
@@ -148,8 +180,8 @@ class Result:
 
     Attributes:
         run: what was run.
-        accuracy: on the test set after each epoch, 0 to 1. After an early stop the last entry is that of the weights
-            kept; after a divergence the rest is what the network scores that this left.
+        accuracy: on the test set, 0 to 1, each time that ``run.tested`` asks for it. After an early stop the last entry
+            is that of the weights kept; after a divergence the rest is what the network scores that this left.
         seconds: training alone, without loading, evaluation and early stopping's looks.
         peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
         stopped_at: the step after which early stopping ended the run, or None.
@@ -255,7 +287,7 @@ def watch(run: Run, every: int = 10, images: int = 1000, device: torch.device | 
                 with _alone(run):
                     loop.train_on(batches[first : first + every])
                     accuracy = loop.score(*sample)
-                done = min(first + every, len(batches)) / len(batches)
+                done = min(first + every, len(batches)) / loop.batches
                 yield Glimpse(epoch + done, accuracy, loop.model, loop.diverged)
                 if loop.diverged is not None:
                     return
@@ -273,7 +305,15 @@ class _Loop:
             torch.manual_seed(run.seed)
             model = MODELS[run.model](self.images.channels, self.images.classes).to(self.device)
         self.model = model = model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=run.learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
+        )
+        self.batches = -(-len(self.images.train_labels) // run.batch_size)  # in an epoch
+        self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        if run.schedule == "onecycle":
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, run.learning_rate, total_steps=self.total_steps
+            )
         self.guidance = guidance.Guidance(
             model,
             factor=run.factor,
@@ -284,6 +324,7 @@ class _Loop:
             granularity=run.granularity,
             on_divergence="record",
             every=run.every,
+            signal=None if run.control is None else controls.Signal(run.control, run.seed, self.device),
         )
         if not run.factor:
             self.guidance.remove()  # plain training pays for no hook
@@ -298,25 +339,32 @@ class _Loop:
         error = self.guidance.diverged
         return None if error is None else {"step": error.step, "layer": error.layer}
 
+    @property
+    def total_steps(self) -> int:
+        """The steps of the whole run, at least one."""
+        return max(1, round(self.run.epochs * self.batches))
+
     def shuffled(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of each epoch, as indices."""
+        """The batches of each epoch, as indices; of the last those that are left where it is not a whole one."""
         order = torch.Generator().manual_seed(self.run.seed)
-        for _ in range(self.run.epochs):
+        for first in range(0, self.total_steps, self.batches):
             shuffled = torch.randperm(len(self.images.train_labels), generator=order)
-            yield shuffled.to(self.device).split(self.run.batch_size)  # at once: a copy in each step waits for the GPU
+            batches = shuffled.to(self.device).split(self.run.batch_size)  # at once: a copy a step waits for the GPU
+            yield batches[: self.total_steps - first]
 
     def run_epochs(self) -> None:
-        for batches in self.shuffled():
+        for epoch, batches in enumerate(self.shuffled(), 1):
             while batches and self.diverged is None and self.stopped_at is None:
                 window = len(batches) if self.stopping is None else self.stopping.window
                 self.train_on(batches[:window])
                 batches = batches[window:]
                 if self.stopping is not None and self.stopping.look(self):
                     self.stopped_at = self.steps
-            last = self.stopped_at is not None or len(self.accuracy) == self.run.epochs - 1
+            last = self.stopped_at is not None or epoch * self.batches >= self.total_steps
             if last and self.stopping is not None and self.run.restore_best:
                 self.stopping.restore(self)
-            self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
+            if last or self.run.tested == "each epoch":
+                self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
             if self.stopped_at is not None:
                 break
         self.guidance.remove()
@@ -331,9 +379,11 @@ class _Loop:
             if self.run.target == "label":
                 self.guidance.labels = y
             with self._precision():
-                loss = F.cross_entropy(self.model(x), y)
+                loss = F.cross_entropy(self.model(x), y, label_smoothing=self.run.smoothing)
             loss.backward()
             self.optimizer.step()
+            if self.schedule is not None:
+                self.schedule.step()
             self.steps += 1
             if self.guidance.diverged is not None:
                 break
@@ -449,9 +499,30 @@ def _code() -> str:
     """The package's version, and 8 hex digits of the sources that a result depends on."""
     from athena import __version__
 
-    rooms = (rules, relevance, guidance, models, data, sys.modules[__name__])
-    digest = hashlib.sha256("".join(map(inspect.getsource, rooms)).encode())
+    digest = hashlib.sha256("".join(inspect.getsource(sys.modules[name]) for name in _modules(__name__)).encode())
     return f"{__version__}+{digest.hexdigest()[:8]}"
+
+
+def _modules(name: str) -> list[str]:
+    """The module `name` and those of its package that it imports, and that these import, sorted."""
+    package = name.partition(".")[0]
+    found: set[str] = set()
+    ahead = [name]
+    while ahead:
+        module = ahead.pop()
+        if module in found or module == package:
+            continue
+        found.add(module)
+        for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported = [part if part in sys.modules else str(node.module) for part in imported]
+            else:
+                continue
+            ahead.extend(part for part in imported if part.split(".")[0] == package)
+    return sorted(found)
 
 
 CODE = _code()
