@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from athena._imports import needed
 from athena.propagation.account import Account, Row
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
 from athena.propagation.paths import Paths
-from athena.propagation.target import Target, described, start, starts_down
+from athena.propagation.target import Target, described, starts_down
 from athena.propagation.trace import Trace
-from athena.propagation.walk import Refusal, Walk, within_backward
+from athena.propagation.walk import Refusal, Untold, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
 
 if TYPE_CHECKING:
@@ -134,19 +133,42 @@ def lrp(
             )
     with torch.inference_mode(False):
         given = tuple(_full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
-    explain, device = functools.partial(_explain, model, given, target, RuleChoice(rule)), given[0].device
+    choice, device = RuleChoice(rule), given[0].device
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def again() -> _Explanation:
-        with _random_numbers(device, *drawn):
-            return explain(traced=True)
-
+    explain = functools.partial(_explain, model, given, target, choice)
+    again = functools.partial(_again, explain, device, drawn, traced=True)
+    missed: Untold | None = None
     try:
-        found = explain()
+        try:
+            found = explain(choice.absolute is not False or _has_frozen_weights(model))
+        except Untold as untold:
+            missed = untold.with_traceback(None)
+        if missed is not None:
+            found = _again(explain, device, drawn, zeros=missed.zeros)
     except Refusal as refusal:
-        with _random_numbers(device, *drawn):
-            raise UnsupportedLayer(_named(explain, refusal)) from None
+        raise UnsupportedLayer(_sentence(again, refusal)) from None
     return Relevance(found, again, single=not isinstance(x, tuple))
+
+
+def _again(
+    explain: Callable[..., "_Explanation"],
+    device: torch.device,
+    drawn: tuple[Tensor, Tensor | None],
+    traced: bool = False,
+    zeros: bool = False,
+) -> "_Explanation":
+    """Explains with the random numbers from before, and notes down what the graph does not tell."""
+    try:
+        with _random_numbers(device, *drawn):
+            return explain(True, traced, zeros or None)
+    except Untold as untold:
+        if zeros or not untold.zeros:
+            raise
+    return _again(explain, device, drawn, traced, zeros=True)
+
+
+def _has_frozen_weights(model: nn.Module) -> bool:
+    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 class _Explanation(NamedTuple):
@@ -169,6 +191,7 @@ def _explain(
     given: tuple[Tensor, ...],
     target: Target,
     rules: RuleChoice,
+    noted: bool = False,
     traced: bool = False,
     zeros: bool | None = None,
 ) -> _Explanation:
@@ -176,6 +199,7 @@ def _explain(
 
     Args:
         model, given, target, rules: as for `lrp`.
+        noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
         zeros: whether neurons that are 0 may have relevance; None where the rules will tell.
     """
@@ -184,19 +208,24 @@ def _explain(
         sources = [tensor.detach().requires_grad_() for tensor in given]
         settings = traced or rules.looks_at_layers, bool(rules.absolute if zeros is None else zeros), sources
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
-        with notes.watching() if isinstance(notes, Trace) else nullcontext(), notes:
+        if isinstance(notes, Trace):
+            with notes.watching(), notes:
+                output = model(*sources)
+        elif noted or zeros:
+            with notes:
+                output = model(*sources)
+        else:
             output = model(*sources)
         account = Account(notes) if isinstance(notes, Trace) else None
-        walk = Walk(notes, paths, rules, account=account)
-        places = [get_gradient_edge(source).node for source in sources]
+        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced or bool(zeros))
+        places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
-            relevance = start(output, target)
-            starts = starts_down(output, target, walk.zeros)
+            relevance, starts = starts_down(output, target, walk.zeros)
             if account is not None:
                 account.start(relevance, starts, walk.zeros)
             walk.explore([out for out, _ in starts], places)
             if walk.gives_to_zeros and not walk.zeros:
-                return _explain(model, given, target, rules, traced, zeros=True)
+                raise Untold(zeros=True)
             del output
             found = within_backward(walk, starts) if notes.packs else walk.run(starts)
     if not found:
@@ -213,12 +242,12 @@ def _explain(
     return _Explanation(inputs, relevance, *((account.layers, account.rows) if account is not None else ({}, [])))
 
 
-def _named(explain: Callable[..., _Explanation], refusal: Refusal) -> str:
+def _sentence(again: Callable[..., _Explanation], refusal: Refusal) -> str:
     """The message of a refusal, found by explaining once more and tracing who called what."""
     try:
-        explain(traced=True)
-    except Refusal as again:
-        return again.sentence
+        again()
+    except Refusal as named:
+        return named.sentence
     return str(refusal)
 
 
@@ -234,8 +263,7 @@ def _random_numbers(device: torch.device, state: Tensor, state_there: Tensor | N
 
 def _sizes(inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """What tells the same explanation from another: the sum of the magnitudes, for each input."""
-    norm = functools.partial(torch.linalg.vector_norm, ord=1)
-    return [norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in inputs]
+    return [torch.linalg.vector_norm(part if part.element_size() > 2 else part.float(), 1) for part in inputs]
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -251,11 +279,11 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
+    training = [vars(module) for module in modules if module.training]
+    for attributes in training:  # past `nn.Module.__setattr__`, which takes long
+        attributes["training"] = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for attributes in training:
+            attributes["training"] = True

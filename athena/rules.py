@@ -15,7 +15,7 @@ A rule declares and divides; `athena.layers` runs the sums over the network's ow
 import ast
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -356,8 +356,18 @@ class RuleChoice:
         """Whether a rule may look at the inputs and outputs of layers."""
         return not isinstance(self.rule, Rule) or self.rule.stabiliser > 0 or self.rule.asks_for_sums
 
-    def of(self, path: str, modules: Mapping[str, nn.Module], convolutional: bool, first: Callable[[], bool]) -> Rule:
-        """The rule of the layer at `path` among a model's `modules`; `first` tells whether no other stands below it.
+    @property
+    def asks_for_paths(self) -> bool:
+        """Whether it is a function of a layer's path and module."""
+        return not isinstance(self.rule, Rule | Preset)
+
+    def of(self, path: str, module: nn.Module | None, convolutional: bool, first: bool) -> Rule:
+        """The rule of a layer.
+
+        Args:
+            path, module: of the layer, where the choice `asks_for_paths`.
+            convolutional: whether it is a convolution.
+            first: whether it stands on no other layer.
 
         Raises:
             TypeError: what was given chose something else than a rule.
@@ -365,10 +375,10 @@ class RuleChoice:
         if isinstance(self.rule, Rule):
             return self.rule
         if isinstance(self.rule, Preset):
-            if self.rule.first is not None and first():
+            if self.rule.first is not None and first:
                 return self.rule.first
             return self.rule.convolutional if convolutional else self.rule.linear
-        chosen = self.rule(path, modules.get(path, modules[""]))
+        chosen = self.rule(path, module)  # type: ignore[arg-type]
         if not isinstance(chosen, Rule):
             raise TypeError(f"rule({path!r}, ...) gave {chosen!r}, which is not a rule of athena.rules")
         return chosen

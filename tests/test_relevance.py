@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import athena
 from athena import models
+from athena.propagation.target import starts_down
 from athena.rules import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, Zero, ZPlus
 
 RULES = {
@@ -357,9 +358,8 @@ def test_training_starts_with_relevance_over_the_output_and_nothing_at_0(target:
     output = torch.randn(3, 4)
     output[1] = -output[1].abs()
     output[1, 3] = output[2, 1] = 0.0
-    relevance = athena.relevance.start(output, target)
+    relevance, ((started, d),) = starts_down(output, target)
     expected = torch.where(output == 0, 0, relevance / output)
-    ((started, d),) = athena.relevance.starts_down(output, target)
     assert started is output
     torch.testing.assert_close(d, expected, rtol=0, atol=0)
 
@@ -879,6 +879,10 @@ def test_activations_go_as_relevance_comes_down(rule: str) -> None:
         def stabiliser(self) -> float:
             gone.append(model.memory.expired())
             return chosen.stabiliser  # type: ignore[no-any-return]
+
+        def share(self, *given: Any) -> Any:
+            gone.append(model.memory.expired())
+            return chosen.share(*given)
 
     lowest = Observed(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(chosen)})
     explained = athena.lrp(model, images(4, 5), rule=lambda path, module: lowest if path == "below" else chosen)

@@ -189,7 +189,7 @@ class Guidance:
             if not self._signals.needs_relevance:
                 scaling.relevance = dict.fromkeys(range(len(guided)))
             else:
-                starts = starts_down(output, self._target(), self._zeros)
+                _, starts = starts_down(output, self._target(), self._zeros)
                 del output
                 if notes.packs:
                     within_backward(walk, starts)

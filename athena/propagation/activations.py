@@ -46,7 +46,7 @@ class RectifierLRP(ReLULRP):
         d, z = given[0], node._saved_result
         assert d is not None
         below = node.next_functions[0][0]
-        if walk.uses[below] == 1:
+        if below not in walk.shared:
             layer = walk.layers.get(below)
             if layer is not None:
                 layer.rectified = z

@@ -39,6 +39,7 @@ class Layer:
         rectified: the output of the ReLU above, where that alone reads ``z``; stands in for ``z``.
         scale, shift: those of a batch norm that is merged into it, ``z -> scale z + shift`` for each channel, or None.
         bias: another constant that is added to its output.
+        reads: whether its rule, or anybody else, looks at its output.
         passes, finished: whether a batch norm above it has done its work already, but for the gradient, or all of it.
     """
 
@@ -47,6 +48,7 @@ class Layer:
     rectified: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
+    reads = True
     passes = finished = False
     _a: Tensor | None = None
     _w: Tensor | None = None
@@ -92,6 +94,11 @@ class Layer:
             assert saved is not None
             self._w = saved.detach()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a call of `F.linear` or a convolution, which multiplies nothing by numbers."""
+        return self.note is not None and self.note.weight is not None
+
     def constant(self, walk: "Walk") -> Tensor | None:
         """The bias, in a shape that adds to ``z``, with what was merged into the layer."""
         bias, edge = self.bias, self.kind.bias_edge(self.node)
@@ -107,8 +114,11 @@ class Layer:
 class AffineLRP(LRPLayer):
     """Layers ``z = W a + b``."""
 
+    is_affine = True
     first: ClassVar[int] = 0
     """The place of the first factor among the operands of the node; the second comes next."""
+    public: ClassVar[Any] = None
+    """`LinearLRP` or `ConvolutionalLRP`, by which scopes and presets tell layers apart."""
 
     @classmethod
     def operand(cls, node: Any, place: int) -> Any:
@@ -182,12 +192,18 @@ class AffineLRP(LRPLayer):
         layer = walk.layers.pop(node, None)
         if layer is None:
             return cls.shared(walk, node, d)
-        downs: list[Tensor | None] = [None] * len(node.next_functions)
+        ways = node.next_functions
+        downs: list[Tensor | None] = [None] * len(ways)
         place = cls.first + layer.place
-        goes_on = node.next_functions[place][0] in walk.bears
-        s = (d,) if layer.finished else d if layer.passes else cls.at(walk, layer, d, goes_on)
+        goes_on = ways[place][0] in walk.bears
+        s: Any = d
+        if layer.reads and not (layer.passes or layer.finished):
+            s = cls.at(walk, layer, d, goes_on)
         if goes_on:
-            downs[place] = s[0] if isinstance(s, tuple) else cls.pull(layer, s, layer.w)
+            finished = layer.finished or isinstance(s, tuple)
+            downs[place] = (s[0] if isinstance(s, tuple) else s) if finished else cls.pull(layer, s, layer.w)
+        if cls.first and ways[0][0] in walk.bears:  # what is added and depends on the input gets its share of the sum
+            downs[0] = d * node._saved_beta
         return downs
 
     @classmethod
@@ -209,8 +225,6 @@ class AffineLRP(LRPLayer):
         """
         rule = layer.rule
         explains = walk.account is not None
-        if not (layer.wanted or rule.stabiliser or rule.asks_for_sums or explains):
-            return d
         z = cls.output(walk, layer).reshape(d.shape)
         rectified = layer.rectified is not None
         relevance = (nonzero(z) if walk.zeros else z) * d if layer.wanted or rule.asks_for_sums or explains else None
@@ -341,30 +355,18 @@ class LinearWithBiasLRP(LinearLRP):
     @classmethod
     def channels(cls, layer: Layer, of_channels: Tensor) -> Tensor:
         """See `AffineLRP.channels`."""
-        beta = layer.node._saved_beta
-        return of_channels if beta == 1 else of_channels * beta
+        return of_channels if layer.is_plain else of_channels * layer.node._saved_beta
 
     @classmethod
     def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
         """See `AffineLRP.apply`."""
-        z, alpha = super().apply(layer, a, w), layer.node._saved_alpha
-        return z if alpha == 1 else z * alpha
+        z = super().apply(layer, a, w)
+        return z if layer.is_plain else z * layer.node._saved_alpha
 
     @classmethod
     def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
         """See `AffineLRP.pull`."""
-        alpha = layer.node._saved_alpha
-        return super().pull(layer, s if alpha == 1 else s * alpha, w)
-
-    @classmethod
-    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """What is added and depends on the input gets its share of the sum."""
-        added = node.next_functions[0][0] in walk.bears
-        (d,) = given
-        downs = list(super().down(walk, node, given))
-        if added:
-            downs[0] = downs[0] if downs[0] is not None else d * node._saved_beta  # type: ignore[operator]
-        return downs
+        return super().pull(layer, s if layer.is_plain else s * layer.node._saved_alpha, w)
 
 
 class ConvolutionalLRP(AffineLRP):
@@ -421,3 +423,7 @@ class ConvolutionalLRP(AffineLRP):
 def merged(layer: Layer) -> bool:
     """Whether a batch norm right above makes one layer with `layer`, by whose rule that makes a difference."""
     return not isinstance(layer.rule, Zero) and layer.bias is None
+
+
+LinearLRP.public = LinearLRP
+ConvolutionalLRP.public = ConvolutionalLRP

@@ -30,6 +30,7 @@ class LRPLayer:
 
     Attributes:
         kinds: names of nodes as ``tensor.grad_fn.name()`` gives them, without ``Backward0``.
+        is_affine: whether it is a product that may be a layer with weights.
         is_view: whether it only gives its operand another shape, every element once.
         is_elementwise: whether each output element depends on the input element at the same place alone.
         divides: whether a divisor (see `Walk.divisors`) may be one of its operands.
@@ -39,6 +40,7 @@ class LRPLayer:
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
+    is_affine: ClassVar[bool] = False
     is_view: ClassVar[bool] = False
     is_elementwise: ClassVar[bool] = False
     divides: ClassVar[bool] = False

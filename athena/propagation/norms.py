@@ -56,7 +56,7 @@ class BatchNormLRP(LRPLayer):
         cls, walk: "Walk", node: Any, layer: Layer, scale: Tensor, d: Tensor, shape: tuple[int, ...], z: Tensor | None
     ) -> Tensor | None:
         """This and the layer below as one: what of it is done here, before the layer passes the rest as the gradient."""
-        shared = walk.uses[layer.node] > 1
+        shared = layer.node in walk.shared
         if shared:  # what comes down to the layer from elsewhere goes by the layer's own rule
             layer = copy.copy(layer)
         bias, mean = cls.bias(walk, node, scale), node._saved_running_mean

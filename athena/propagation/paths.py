@@ -32,27 +32,50 @@ class Paths:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.modules: dict[str, nn.Module] = {}
+        self._parameters: dict[int, tuple[Tensor, str]] | None = None
         self._read()
 
     def _read(self) -> None:
-        self.modules = dict(self.model.named_modules())
-        self._parameters: dict[int, tuple[Tensor, str]] = {}
-        for path, module in self.modules.items():
-            if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
+        """`nn.Module.named_modules`, in a quarter of its time."""
+        self.modules, found, self._parameters = {}, set[int](), None
+        ahead: list[tuple[str, nn.Module]] = [("", self.model)]
+        while ahead:
+            path, module = ahead.pop()
+            if id(module) in found:
+                continue
+            found.add(id(module))
+            self.modules[path] = module
+            children = module._modules
+            if "_orig_mod" in children or module._compiled_call_impl is not None:
                 raise UnsupportedLayer(
                     f"{path or type(module).__name__!r} is compiled, and torch.compile hides what a model does from "
                     "LRP; give the model before compilation"
                 )
+            if children:
+                start = f"{path}." if path else ""
+                ahead.extend((start + name, child) for name, child in reversed(children.items()) if child is not None)
+
+    def module_at(self, path: str) -> nn.Module:
+        """The module at `path`; the model where that is the path of a parameter."""
+        return self.modules.get(path, self.model)
+
+    def _read_parameters(self) -> dict[int, tuple[Tensor, str]]:
+        read: dict[int, tuple[Tensor, str]] = {}
+        for path, module in self.modules.items():
             for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in self._parameters:
-                    path_of_layer = path_of_parameter(f"{path}.{name}".removeprefix("."))
-                    self._parameters[id(parameter)] = parameter, path_of_layer
+                if parameter is not None and id(parameter) not in read:
+                    read[id(parameter)] = parameter, path_of_parameter(f"{path}.{name}".removeprefix("."))
+        return read
 
     def of(self, parameter: Tensor | None) -> str | None:
         """The path of the layer that owns `parameter`; None where it is no parameter of the model."""
+        if self._parameters is None:
+            self._parameters = self._read_parameters()
         owner, path = self._parameters.get(id(parameter), (None, None))
         if owner is None and isinstance(parameter, nn.Parameter):
             self._read()
+            self._parameters = self._read_parameters()
             owner, path = self._parameters.get(id(parameter), (None, None))
         return path if owner is parameter else None
 

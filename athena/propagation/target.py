@@ -45,8 +45,8 @@ def start(output: Any, target: Any) -> Any:
     return torch.zeros_like(output).scatter_(1, chosen, output.gather(1, chosen))
 
 
-def starts_down(output: Any, target: Any, zeros: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Each output tensor that `start` gives relevance, with the ``d`` it starts down with: that over the output.
+def starts_down(output: Any, target: Any, zeros: bool = False) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    """The relevance to start with, and each output tensor that has some, with the ``d`` it starts down with.
 
     Args:
         output, target: as for `start`.
@@ -55,10 +55,10 @@ def starts_down(output: Any, target: Any, zeros: bool = False) -> list[tuple[Ten
     Raises:
         TypeError, ValueError: as `start`.
     """
+    relevance = start(output, target)
     if zeros or callable(target) or isinstance(target, str):
-        return [(part, _over(relevance, part, zeros)) for part, relevance in _pairs(output, start(output, target))]
-    output = _logits(output)
-    return [(output, torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output))]
+        return relevance, [(part, _over(its, part, zeros)) for part, its in _pairs(output, relevance)]
+    return relevance, [(output, (relevance != 0).to(relevance.dtype))]  # a logit over itself
 
 
 def _over(relevance: Tensor, output: Tensor, zeros: bool) -> Tensor:

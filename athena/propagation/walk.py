@@ -7,7 +7,6 @@ saved there. Not here: what is started with (`athena.propagation.target`), and w
 `athena.Guidance`).
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -23,7 +22,7 @@ from athena.propagation.products import makes_a_divisor
 from athena.propagation.trace import Trace
 from athena.rules import RuleChoice
 
-__all__ = ["Refusal", "Walk", "within_backward"]
+__all__ = ["Refusal", "Untold", "Walk", "within_backward"]
 
 Wanted = Callable[[str, type[AffineLRP]], float]
 
@@ -43,6 +42,18 @@ class Refusal(UnsupportedLayer):
         super().__init__(self.sentence)
 
 
+class Untold(Exception):  # noqa: N818
+    """The graph does not tell what relevance needs to know, and it was not noted down.
+
+    Attributes:
+        zeros: whether inputs of activations that are 0 are what is missing.
+    """
+
+    def __init__(self, zeros: bool = False) -> None:
+        super().__init__()
+        self.zeros = zeros
+
+
 class Walk:
     """One relevance pass.
 
@@ -54,12 +65,13 @@ class Walk:
             where it is the input that is explained.
         take: is called with each layer wanted and its relevance, from the top down.
         account: where to book what each operation holds and absorbs, or None.
+        is_complete: whether the notes are, or there is no way to take any; else `Untold` is raised where they are missed.
 
     Attributes:
         bears: the nodes that relevance may come to: those that depend on the input, or in training on a guided layer.
         divisors: the nodes that are constant factors by rule, though they depend on it: reciprocals and their kin.
         layers: by node, the affine layers still to come.
-        uses: how many operations read the output of a node.
+        shared: nodes whose output more than one operation reads.
         values: outputs of nodes that have come to light, still to be used.
         rectified: likewise, outputs of ReLUs that stand in for the outputs of the nodes below them.
         merged: additions of a bias that are part of the layer below them.
@@ -79,6 +91,7 @@ class Walk:
         wanted: Wanted | None = None,
         take: Callable[[Layer, Tensor], None] = lambda layer, relevance: None,
         account: Account | None = None,
+        is_complete: bool = True,
     ) -> None:
         self.notes, self.paths, self.rules, self.wanted, self.take = notes, paths, rules, wanted, take
         self.account, self.merges, self.zeros = account, wanted is None, notes.zeros
@@ -86,7 +99,7 @@ class Walk:
         self.bears: set[Any] = set()
         self.divisors: set[Any] = set()
         self.layers: dict[Any, Layer] = {}
-        self.uses: Counter[Any] = Counter()
+        self.shared: set[Any] = set()
         self.merged: set[Any] = set()
         self.values: dict[Any, Tensor] = {}
         self.rectified: dict[Any, Tensor] = {}
@@ -96,8 +109,9 @@ class Walk:
         self._ds: dict[Any, Tensor] = {}
         self.missed_notes = self.has_reentrant_checkpoint = False
         self._views: dict[Any, Any] = {}
-        self._lrp_layers: dict[Any, type[LRPLayer] | None] = {}
-        self._affine_below: set[Any] = set()
+        self._kinds: dict[Any, type[LRPLayer] | None] = {}
+        self._is_complete = is_complete
+        self._asks_for_paths = wanted is not None or account is not None or rules.asks_for_paths
 
     # Before relevance comes down
 
@@ -108,107 +122,119 @@ class Walk:
             outputs: of the model, with their graph.
             sources: the nodes of the tensors to explain.
         """
-        calls, uses, lrp_layers = self.notes.calls, self.uses, self._lrp_layers
-        self._sources = set(sources)
+        calls, order, kinds, bears, divisors = self.notes.calls, self.order, self._kinds, self.bears, self.divisors
+        self._sources = goals = set(sources)
         ahead = [out.grad_fn for out in outputs if out.grad_fn is not None]
-        entered, done = set[Any](), {None}
+        entered, done, read = set[Any](), {None}, set[Any]()
+        below_layer = self._above_layers = set[Any]()
         while ahead:  # depth first: in `order` each node comes after all that lie below it
             node = ahead.pop()
             if node in done:
                 continue
-            if node in entered:
-                done.add(node)
-                self._place(node)
-                continue
-            entered.add(node)
-            ahead.append(node)
-            name = node.name()
-            kind = lrp_layers[node] = layer_of_kind(name)
-            ways, note = node.next_functions, calls.pop(node, None)
-            if note is not None:
-                if kind is not None and kind.is_view:
-                    calls[ways[0][0]] = note  # as a linear layer on more than two dimensions ends
-                else:
-                    self.notes_of[node] = note
-            if kind is None:
-                self.has_reentrant_checkpoint |= name == "CheckpointFunctionBackward"
-            elif kind.is_view:
-                self._views[ways[0][0]] = node
-            for lower, _ in self._ways(node, kind, ways):
-                if lower is not None:
-                    uses[lower] += 1
+            if node not in entered:
+                entered.add(node)
+                ahead.append(node)
+                kind = kinds[node] = layer_of_kind(node.name())
+                note = calls.pop(node, None) if calls else None
+                for lower in self._operands(node, kind, note):
+                    if lower in read:
+                        self.shared.add(lower)
+                    read.add(lower)
                     if lower not in entered:
                         ahead.append(lower)
-        if isinstance(self.notes, Trace):
-            self.notes.learn(self.order)
-
-    def _ways(self, node: Any, kind: Any, ways: Any) -> Any:
-        """Where to look for what bears relevance: not at weights and biases that are leaves."""
-        if kind is None or not issubclass(kind, AffineLRP):
-            return ways
-        return [way for way in ways if way[0] in self._sources or (way[0] is not None and not is_leaf(way[0]))]
-
-    def _place(self, node: Any) -> None:
-        """Puts a node in its order once all below it have been."""
-        kind, bears = self._lrp_layers[node], self.bears
-        lower = [below for below, _ in node.next_functions if below in bears]
-        self.order.append(node)
-        if node in self._sources:
-            bears.add(node)
-            return
-        if kind is not None and issubclass(kind, AffineLRP) and self._find_layer(node, kind):
-            bears.add(node)
-            return
-        if lower or any(below in self.divisors for below, _ in node.next_functions):
-            if makes_a_divisor(node, bears) or not lower:
-                self.divisors.add(node)
-            else:
+                continue
+            done.add(node)
+            order.append(node)
+            kind = kinds[node]
+            if node in goals:
                 bears.add(node)
-                if node.name() == "AddBackward0" and len(lower) == 1:
-                    self._find_bias(node, lower[0])
-                if not self._affine_below.isdisjoint(lower):
-                    self._affine_below.add(node)
+                continue
+            if kind is not None and kind.is_affine and self._find_layer(node, kind):
+                bears.add(node)
+                below_layer.add(node)
+                continue
+            lower_bears = [below for below, _ in node.next_functions if below in bears]
+            if lower_bears:
+                if makes_a_divisor(node, bears):
+                    divisors.add(node)
+                    continue
+                bears.add(node)
+                if len(lower_bears) == 1 and node.name() == "AddBackward0":
+                    self._find_bias(node, lower_bears[0])
+                if not below_layer.isdisjoint(lower_bears):
+                    below_layer.add(node)
+            elif divisors and any(below in divisors for below, _ in node.next_functions):
+                divisors.add(node)
+        del self._above_layers
+        if isinstance(self.notes, Trace):
+            self.notes.learn(order)
+
+    def _operands(self, node: Any, kind: Any, note: Note | None) -> list[Any]:
+        """The nodes to look at below `node` for what bears relevance: not weights and biases that are leaves."""
+        ways = node.next_functions
+        if kind is None:
+            self.has_reentrant_checkpoint |= node.name() == "CheckpointFunctionBackward"
+        elif kind.is_affine:
+            if note is not None:
+                self.notes_of[node] = note
+                if note.weight is not None and note.weight.is_leaf and note.weight.grad_fn is None:
+                    return [] if (lower := ways[kind.first][0]) is None else [lower]
+            goals = self._sources
+            return [lower for lower, _ in ways if lower in goals or (lower is not None and not is_leaf(lower))]
+        elif kind.is_view:
+            self._views[ways[0][0]] = node
+            if note is not None:
+                self.notes.calls[ways[0][0]] = note  # as a linear layer on more than two dimensions ends
+        elif note is not None:
+            self.notes_of[node] = note
+        return [lower for lower, _ in ways if lower is not None]
 
     def _find_layer(self, node: Any, kind: type[AffineLRP]) -> bool:
         """Whether the product bears relevance; it is a layer where one of its factors does not."""
-        ways = node.next_functions[kind.first : kind.first + 2]
-        first, second = (way[0] in self.bears for way in ways)
-        note, path = self.notes_of.get(node), None
+        bears, ways = self.bears, node.next_functions
+        first, second = ways[kind.first][0] in bears, ways[kind.first + 1][0] in bears
         if first and second:
-            self._affine_below.add(node)
             return True
-        place = 1 if second else 0
-        if note is not None and note.weight is not None and not second:
-            path = self.paths.of(self.notes.original(note.weight))
-        if path is None:
-            path = self._path_below(ways[1 - place][0])
-        if path is None and not (first or second) and issubclass(kind, LinearLRP):  # ``W^T a^T``
-            place, path = 1, self._path_below(ways[0][0])
-        is_convolution = issubclass(kind, ConvolutionalLRP)
-        public: type[AffineLRP] = ConvolutionalLRP if is_convolution else LinearLRP
-        factor = 0.0 if self.wanted is None or path is None else self.wanted(path, public)
-        added = kind.first == 1 and node.next_functions[0][0] in self.bears
-        if not (first or second or factor):
-            return added
-        if first or second:
-            stands_first = self._affine_below.isdisjoint([ways[place][0]])
-            rule = self.rules.of(path or "", self.paths.modules, is_convolution, lambda: stands_first)
-            self.reaches_zeros |= rule.absolute
-            self.gives_to_zeros |= rule.absolute and not stands_first
-        else:
-            rule = self.rules.of(path or "", self.paths.modules, is_convolution, lambda: True)
-        wanted = factor if self.wanted is not None else float(self.account is not None)
-        self.layers[node] = Layer(node, kind, path or "", place, note, wanted, rule)
-        self._affine_below.add(node)
+        note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
+        wanted = 0.0
+        if self._asks_for_paths or not (first or second):
+            if note is not None and note.weight is not None and not second:
+                path = self.paths.of(self.notes.original(note.weight))
+            if path is None:
+                path = self._path_below(ways[kind.first + 1 - place][0])
+            if path is None and not (first or second) and kind.public is LinearLRP:  # ``W^T a^T``
+                place, path = 1, self._path_below(ways[kind.first][0])
+            if self.wanted is not None and path is not None:
+                wanted = self.wanted(path, kind.public)
+        if not (first or second or wanted):
+            return kind.first == 1 and ways[0][0] in bears
+        is_first = ways[kind.first + place][0] not in self._above_layers
+        module = self.paths.module_at(path or "") if self.rules.asks_for_paths else None
+        rule = self.rules.of(path or "", module, kind.public is ConvolutionalLRP, is_first)
+        if rule.absolute:
+            self.reaches_zeros = True
+            self.gives_to_zeros |= not is_first
+        layer = self.layers[node] = Layer(node, kind, path or "", place, note, wanted, rule)
+        layer.reads = bool(wanted or rule.stabiliser or rule.asks_for_sums or self.account is not None)
         return True
+
+    def _path_below(self, node: Any) -> str | None:
+        """The path of the layer whose parameters alone a factor depends on."""
+        if node is None:
+            return None
+        leaf = node.next_functions[0][0] if node.name() == "TBackward0" else node
+        parameter = getattr(leaf, "variable", None)
+        if parameter is not None:
+            return self.paths.of(self.notes.original(parameter))
+        return self.paths.below(node, self.notes.original)
 
     def _find_bias(self, node: Any, below: Any) -> None:
         """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
         (constant,) = (way for way in node.next_functions if way[0] is not below)
-        while (kind := self._lrp_layers.get(below)) is not None and kind.is_view and self.uses[below] == 1:
+        while (kind := self._kinds.get(below)) is not None and kind.is_view and below not in self.shared:
             below = below.next_functions[0][0]
         layer = self.layers.get(below)
-        if layer is None or constant[0] is None or not issubclass(layer.kind, LinearLRP) or self.uses[below] > 1:
+        if layer is None or constant[0] is None or layer.kind.public is not LinearLRP or below in self.shared:
             return
         if layer.bias is not None or layer.kind.first == 1 or node._saved_alpha != 1:
             return
@@ -219,17 +245,6 @@ class Walk:
         if bias is not None and len(bias) == below._input_metadata[0].shape[-1]:
             layer.bias = bias
             self.merged.add(node)
-
-    def _path_below(self, node: Any) -> str | None:
-        """The path of the layer whose parameters alone a factor depends on."""
-        parameter = getattr(node, "variable", None)
-        if parameter is not None:
-            return self.paths.of(self.notes.original(parameter))
-        if node is not None and node.name() == "TBackward0":
-            parameter = getattr(node.next_functions[0][0], "variable", None)
-            if parameter is not None:
-                return self.paths.of(self.notes.original(parameter))
-        return self.paths.below(node, self.notes.original) if node is not None else None
 
     def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
         """The affine layers that make an output: it reaches them without passing another one."""
@@ -260,20 +275,19 @@ class Walk:
         Raises:
             Refusal: it came to an operation that it cannot pass.
         """
-        order, bears, divisors, lrp_layers = self.order, self.bears, self.divisors, self._lrp_layers
+        order, bears, divisors, kinds = self.order, self.bears, self.divisors, self._kinds
         found: dict[Any, Tensor] = {}
-        ds = self._ds
+        ds, account, lets_go = self._ds, self.account, self.wanted is None
         for out, d in starts:
             if out.grad_fn is not None:
                 self.send((out.grad_fn, out.output_nr), d)
-                if out.output_nr == 0 and self.reads_value(out.grad_fn):
-                    self.values[out.grad_fn] = out.detach()
+                if out.output_nr == 0 and out.grad_fn in self.layers:
+                    self.layers[out.grad_fn].z = out.detach()
         starts.clear()
         out = d = None  # type: ignore[assignment]
-        lets_go = self.wanted is None
         while order:
             node = order.pop()
-            kind, is_source = lrp_layers.pop(node), node in self._sources
+            kind, is_source = kinds.pop(node), node in self._sources
             d = ds.pop((node, 0), None)
             if node not in bears:
                 if d is not None and node in divisors:
@@ -289,32 +303,31 @@ class Walk:
                 if kind.has_many_outputs:
                     given += [ds.pop((node, number), None) for number in range(1, number_of_outputs(node))]
                 if d is not None or any(part is not None for part in given):
-                    self._pass(node, kind, given)
+                    if divisors and not kind.divides:
+                        for below, _ in node.next_functions:
+                            if below in divisors:
+                                self.refuse(below)
+                    try:
+                        downs = kind.down(self, node, given)
+                    except Refusal:
+                        raise
+                    except UnsupportedLayer as error:
+                        self.miss()
+                        raise Refusal(node, self.notes, str(error)) from None
+                    if account is not None and kind.constants_keep:
+                        account.measure(self, node, given, downs)
+                    for way, down in zip(node.next_functions, downs, strict=False):
+                        if down is not None and way[0] in bears:
+                            if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
+                                down = down.sum_to_size(shape)
+                            ds[way] = ds[way] + down if way in ds else down
+                    downs = down = None  # type: ignore[assignment]
             if lets_go:  # with the last reference to a node goes what it has saved; those above have been passed
-                for held in (self.bears, self.divisors, self._affine_below, self.merged):
-                    held.discard(node)
-                for noted in (self.uses, self._views, self.notes_of, self.layers, self.values, self.rectified):
-                    noted.pop(node, None)
+                bears.discard(node)
+                for noted in (self.values, self.notes_of, self._views, self.layers):
+                    if noted:
+                        noted.pop(node, None)
         return found
-
-    def _pass(self, node: Any, kind: type[LRPLayer], given: list[Tensor | None]) -> None:
-        """Sends on what has come to the outputs of `node`."""
-        ways, bears, divisors = node.next_functions, self.bears, self.divisors
-        if divisors and not kind.divides and any(below in divisors for below, _ in ways):
-            self.refuse(next(below for below, _ in ways if below in divisors))
-        try:
-            downs = kind.down(self, node, given)
-        except Refusal:
-            raise
-        except UnsupportedLayer as error:
-            raise Refusal(node, self.notes, str(error)) from None
-        if self.account is not None and kind.constants_keep:
-            self.account.measure(self, node, given, downs)
-        for way, down in zip(ways, downs, strict=False):
-            if down is not None and way[0] in bears:
-                if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
-                    down = down.sum_to_size(shape)
-                self.send(way, down)
 
     def send(self, way: Any, d: Tensor) -> None:
         """Has `d` come to an output of a graph node, given as (node, number)."""
@@ -326,12 +339,18 @@ class Walk:
     def shape_of(self, layer: Layer) -> torch.Size:
         """The shape of a layer's output as the model sees it, (batch, ...); the node may have folded it."""
         node = layer.node
-        if issubclass(layer.kind, LinearLRP) and self.uses[node] == 1:
+        if layer.kind.public is LinearLRP and node not in self.shared:
             node = self._views.get(node, node)
         return torch.Size(node._input_metadata[0].shape)
 
+    def miss(self) -> None:
+        """Raises where notes are missed that could have been taken."""
+        if not self._is_complete:
+            raise Untold
+
     def refuse(self, node: Any) -> NoReturn:
         """Raises where relevance came to a node that cannot pass it."""
+        self.miss()
         below = node
         while below in self.divisors and not makes_a_divisor(below, self.bears):
             below = next(way[0] for way in below.next_functions if way[0] in self.divisors)
@@ -341,8 +360,8 @@ class Walk:
         """Whether the output of `node`, or of one that it only gives another shape, is of use."""
         if node in self.layers:
             return True
-        kind = self._lrp_layers.get(node)
-        return kind is not None and kind.is_view and self.uses[node] == 1
+        kind = self._kinds.get(node)
+        return kind is not None and kind.is_view and node not in self.shared
 
     def know(self, node: Any, x: Tensor) -> None:
         """Takes note that the first operand of `node` is `x`."""
@@ -358,6 +377,13 @@ class Walk:
             return note.a
         name = node.name()
         if name in INVERSES:
+            if name != "SqrtBackward0":
+                self.missed_notes = True
+                layer = self.layers.get(node.next_functions[0][0])
+                if layer is not None and layer.node not in self.shared:
+                    layer.z = layer.kind.output(self, layer)
+                    return layer.z
+                self.miss()
             return INVERSES[name](node._saved_result)
         saved = getattr(node, "_saved_self", None)
         return saved.detach() if isinstance(saved, Tensor) else None
@@ -390,6 +416,7 @@ class Walk:
             return below.repeat(node._saved_repeats)
         if below is not None and name == "SplitBackward0":
             return below.split(node._saved_split_size, node._saved_dim)[number]
+        self.miss()
         raise UnsupportedLayer(f"a bias that is made by {name}, of which LRP cannot tell the value")
 
 
