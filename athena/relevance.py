@@ -140,7 +140,7 @@ def lrp(
     missed: Untold | None = None
     try:
         try:
-            found = explain(choice.absolute is not False or _has_frozen_weights(model))
+            found = explain(choice.absolute is not False)
         except Untold as untold:
             missed = untold.with_traceback(None)
         if missed is not None:
@@ -165,10 +165,6 @@ def _again(
         if zeros or not untold.zeros:
             raise
     return _again(explain, device, drawn, traced, zeros=True)
-
-
-def _has_frozen_weights(model: nn.Module) -> bool:
-    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 class _Explanation(NamedTuple):
@@ -211,13 +207,13 @@ def _explain(
         if isinstance(notes, Trace):
             with notes.watching(), notes:
                 output = model(*sources)
-        elif noted or zeros:
+        elif noted := noted or paths.has_frozen_parameters:
             with notes:
                 output = model(*sources)
         else:
             output = model(*sources)
         account = Account(notes) if isinstance(notes, Trace) else None
-        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced or bool(zeros))
+        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
             relevance, starts = starts_down(output, target, walk.zeros)

@@ -25,6 +25,7 @@ class Paths:
     Attributes:
         model: the model.
         modules: each module by its path; that of the model itself is ``""``.
+        has_frozen_parameters: whether some ask for no gradients.
 
     Raises:
         UnsupportedLayer: the model, or a part of it, is compiled.
@@ -38,7 +39,7 @@ class Paths:
 
     def _read(self) -> None:
         """`nn.Module.named_modules`, in a quarter of its time."""
-        self.modules, found, self._parameters = {}, set[int](), None
+        self.modules, found, self._parameters, self.has_frozen_parameters = {}, set[int](), None, False
         ahead: list[tuple[str, nn.Module]] = [("", self.model)]
         while ahead:
             path, module = ahead.pop()
@@ -52,6 +53,9 @@ class Paths:
                     f"{path or type(module).__name__!r} is compiled, and torch.compile hides what a model does from "
                     "LRP; give the model before compilation"
                 )
+            for parameter in module._parameters.values():
+                if parameter is not None and not parameter.requires_grad:
+                    self.has_frozen_parameters = True
             if children:
                 start = f"{path}." if path else ""
                 ahead.extend((start + name, child) for name, child in reversed(children.items()) if child is not None)

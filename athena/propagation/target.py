@@ -41,8 +41,12 @@ def start(output: Any, target: Any) -> Any:
         if target not in ("softmax", "logits"):
             raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
         return output.softmax(1) if target == "softmax" else output
-    chosen = _chosen(target, output)
-    return torch.zeros_like(output).scatter_(1, chosen, output.gather(1, chosen))
+    if target is None:
+        logits, chosen = output.max(1, keepdim=True)
+    else:
+        chosen = _chosen(target, output)
+        logits = output.gather(1, chosen)
+    return torch.zeros_like(output).scatter_(1, chosen, logits)
 
 
 def starts_down(output: Any, target: Any, zeros: bool = False) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
@@ -84,9 +88,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _chosen(target: Any, output: Tensor) -> Tensor:
-    """The class to explain for each sample, (batch, 1): the one predicted, or that which the target names."""
-    if target is None:
-        return output.argmax(1, keepdim=True)
+    """The class to explain for each sample, (batch, 1), which the target names."""
     batch, classes = output.shape
     given = target
     if hasattr(target, "__array__") and not isinstance(target, Tensor):  # numpy's numbers and arrays
