@@ -1,33 +1,37 @@
 """What one guided training step costs beside a plain one, and beside the method built as the thesis describes it.
 
-    python benchmarks/guidance.py --steps 40 --threads 1 --device cpu
+    python benchmarks/guidance.py --rounds 40 --threads 1 --device cpu --out results/benchmarks/guidance-mine.json
 
 All arms of a network take their steps in turn in one process, in an order drawn anew for each round, so that whatever
 else the machine does hits them alike. It keeps the memory that it frees (`memory.keep_freed`). A step is forward, loss,
-backward and fused Adam on 64 random images. The column `thesis/it`: how many times as long the thesis's manner takes.
+backward and fused Adam on random images. Times are CPU seconds of this process, on a GPU those of a clock. The column
+`thesis/it`: how many times as long the thesis's manner takes, where a network is a chain of layers. `calls` counts the
+calls that Python makes in a forward pass, a guided one where the arm is guided (sys.setprofile; those into C as well).
 Nothing here tests the package; the thesis's manner, `Literal`, is checked against the formulas in
 tests/test_guidance.py.
 """
 
-import argparse
 import copy
+import gc
 import random
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import memory
+import report
 import torch
 import torch.nn.functional as F
+import torchvision
+from networks import OwnMLP, vit
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 import athena
-from athena.models import cnn, mlp
+from athena.experiments.models import cnn, mlp
 from athena.rules import Epsilon, Rule, Zero
 
-BATCH = 64
 WARM_UP = 3
 
 # The thesis's manner (6.1.4, 6.1.5): one autograd function for each layer, which saves input, weight and bias, computes
@@ -190,9 +194,7 @@ class Arm:
         rival: the arm that does the same in the thesis's manner, or None.
     """
 
-    def __init__(
-        self, name: str, network: nn.Sequential, wrap: Callable[[nn.Sequential], nn.Module], every: int = 1
-    ) -> None:
+    def __init__(self, name: str, network: nn.Module, wrap: Callable[[Any], nn.Module], every: int = 1) -> None:
         self.name, self.every, network = name, every, copy.deepcopy(network)
         self.model = wrap(network)
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
@@ -204,28 +206,43 @@ class Arm:
         """Seconds a step, by `every` steps in a row."""
         return [statistics.mean(part) for part in zip(*[iter(self.seconds)] * every, strict=False)]
 
-    def ratio(self, other: "Arm") -> float:
-        """How many times as long as the other's its steps take: the median over rounds of the same."""
+    def beside(self, other: "Arm") -> tuple[list[float], list[float]]:
+        """Its times and the other's, over as many steps."""
         every = max(self.every, other.every)
-        return statistics.median(a / b for a, b in zip(self.times(every), other.times(every), strict=True))
+        return self.times(every), other.times(every)
 
     def step(self, x: Tensor, labels: Tensor) -> None:
         """One timed training step."""
         on_gpu = x.is_cuda
         if on_gpu:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             standing = torch.cuda.memory_allocated()
-        began = time.perf_counter()
+        began = report.now(x.device.type)
         F.cross_entropy(self.model(x), labels).backward()
         self.optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(report.now(x.device.type) - began)
         if on_gpu:
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated() - standing)
         self.optimizer.zero_grad()
         _relevance_cache.clear()
+
+    def calls(self, x: Tensor) -> int:
+        """The calls that Python makes in `model(x)`, those into C as well: the most of `every` passes in a row."""
+        return max(self._calls(x) for _ in range(self.every))
+
+    def _calls(self, x: Tensor) -> int:
+        events: list[str] = []
+        gc.disable()  # what it frees may call something
+        sys.setprofile(lambda _frame, event, _what: events.append(event))
+        try:
+            output = self.model(x)
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+        output.sum().backward()
+        self.optimizer.zero_grad()
+        _relevance_cache.clear()
+        return events.count("call") + events.count("c_call") - 1  # the last is `sys.setprofile` itself
 
 
 class Case(NamedTuple):
@@ -235,7 +252,7 @@ class Case(NamedTuple):
     rule: Rule
     every: int = 1
 
-    def guided(self, network: nn.Sequential) -> nn.Module:
+    def guided(self, network: nn.Module) -> nn.Module:
         """The network, guided by ATHENA."""
         athena.Guidance(network, factor=0.1, scope=self.scope, rule=self.rule, every=self.every)
         return network
@@ -249,39 +266,54 @@ class Case(NamedTuple):
         return f"{self.scope}, {self.rule}" + (f", 1 step in {self.every}" if self.every > 1 else "")
 
 
+WHOLE = Case("all", Zero()), Case("all", Epsilon(1e-6))
+LINEAR = Case("linear", Epsilon(1e-6))
+
+
 class Network(NamedTuple):
-    """A network to measure: how it is built, its input's channels, its cases, and how many steps stand for one."""
+    """A network to train.
 
-    build: Callable[[], nn.Sequential]
-    channels: int
-    cases: tuple[Case, ...]
-    steps: int
+    Attributes:
+        title: what the table calls it.
+        build: makes it, with random weights.
+        shape: of a batch of its images.
+        cases: the guidances of it.
+        often: how many steps of it are timed for one of the CNN.
+    """
+
+    title: str
+    build: Callable[[], nn.Module]
+    shape: tuple[int, int, int, int]
+    cases: tuple[Case, ...] = WHOLE
+    often: int = 1
 
 
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=10)
+
+
+IMAGES = (64, 3, 32, 32)
 NETWORKS = {
-    "MLP": Network(mlp, 1, (Case("all", Zero()), Case("all", Epsilon(1e-6))), 10),
-    "CNN": Network(
-        cnn,
-        3,
-        (
-            *(Case("linear", Epsilon(1e-6)), Case("all", Zero()), Case("all", Epsilon(1e-6))),
-            *(Case("all", Epsilon(1e-6), 2), Case("all", Epsilon(1e-6), 4)),
-        ),
-        1,
-    ),
+    "mlp": Network("MLP", mlp, (64, 1, 32, 32), often=10),
+    "mlp-class": Network("MLP, a class of the user's own", OwnMLP, (64, 1, 32, 32), often=10),
+    "cnn": Network("CNN", cnn, IMAGES, (*WHOLE, Case("all", Epsilon(1e-6), 2), Case("all", Epsilon(1e-6), 4))),
+    "cnn-linear": Network("CNN, linear part", cnn, IMAGES, (LINEAR,)),
+    "resnet18": Network("ResNet-18", resnet, IMAGES),
+    "vit": Network("ViT of 6 blocks", vit, (4, 3, 32, 32), often=4),
 }
 
 
-def arms_of(title: str, device: str) -> list[Arm]:
+def arms_of(name: str, alone: bool, device: str) -> list[Arm]:
     torch.manual_seed(0)
-    build, _, cases, _ = NETWORKS[title]
-    network = build().to(device)
+    network = NETWORKS[name].build().to(device)
     arms = [Arm("plain PyTorch", network, lambda plain: plain)]
     rivals: dict[tuple[str, Rule], Arm] = {}
-    for case in cases:
+    for case in NETWORKS[name].cases:
         arm = Arm(f"ATHENA, {case}", network, case.guided, case.every)
-        what = case.scope, case.rule
         arms.append(arm)
+        if alone or not isinstance(network, nn.Sequential):
+            continue
+        what = case.scope, case.rule
         if what not in rivals:
             rivals[what] = Arm(f"thesis's manner, {case}", network, case.literal)
             arms.append(rivals[what])
@@ -289,63 +321,65 @@ def arms_of(title: str, device: str) -> list[Arm]:
     return arms
 
 
-def batch(title: str, device: str) -> tuple[Tensor, Tensor]:
-    channels = NETWORKS[title].channels
-    return torch.randn(BATCH, channels, 32, 32, device=device), torch.randint(10, (BATCH,), device=device)
+def batch(name: str, device: str) -> tuple[Tensor, Tensor]:
+    shape = NETWORKS[name].shape
+    return torch.randn(*shape, device=device), torch.randint(10, shape[:1], device=device)
 
 
-def peak_of(title: str, place: int, threads: int) -> int:
+def peak_of(name: str, place: int, alone: bool, threads: int) -> int:
     """The bytes that one step adds to the resident size of this process, a fresh one."""
     torch.set_num_threads(threads)
-    arm, (x, labels) = arms_of(title, "cpu")[place], batch(title, "cpu")
+    arm, (x, labels) = arms_of(name, alone, "cpu")[place], batch(name, "cpu")
     for _ in range(arm.every):  # Adam's moments are there from now on, and the next step is a guided one
-        arm.step(x[:1], labels[:1])
+        arm.step(x[:2], labels[:2])
     return memory.added_by(lambda: arm.step(x, labels))
 
 
-def measure(title: str, steps: int, threads: int, device: str) -> list[Arm]:
-    arms = arms_of(title, device)
+def measure(name: str, rounds: int, alone: bool, threads: int, device: str) -> Iterator[report.Table]:
+    """The table of one network."""
+    arms = arms_of(name, alone, device)
     order = random.Random(0)
     most = max(arm.every for arm in arms)
-    for number in range(WARM_UP + -(-steps * NETWORKS[title].steps // most) * most):
+    count = -(-rounds * NETWORKS[name].often // most) * most
+    for number in range(WARM_UP + count):
         if number == WARM_UP:
             for arm in arms:
                 arm.seconds, arm.bytes = [], 0  # on a GPU the first steps also bring what its libraries work in
-        x, labels = batch(title, device)
+        x, labels = batch(name, device)
         for arm in order.sample(arms, len(arms)):
             arm.step(x, labels)
     for place, arm in enumerate(arms):
         if device == "cpu" and memory.told():
-            arm.bytes = memory.in_fresh_process(memory.GIVEN_BACK, peak_of, title, place, threads)
-    return arms
+            arm.bytes = memory.in_fresh_process(memory.GIVEN_BACK, peak_of, name, place, alone, threads)
+    calls = [arm.calls(x) for arm in arms]
+    title = f"{NETWORKS[name].title}, {report.shape(NETWORKS[name].shape)}"
+    yield report.Table(title, count, rows(arms, calls))
 
 
-def table(title: str, arms: list[Arm]) -> str:
+def rows(arms: list[Arm], calls: list[int]) -> list[dict[str, str | float]]:
+    """The rows of a table. Times are medians over rounds; a ratio is `report.ratio`."""
     plain = arms[0]
-    columns = f"{'MiB in step':>13}{'of plain':>10}" if plain.bytes else ""
-    lines = [title, f"{'arm':<44}{'ms a step':>11}{'of plain':>10}{'thesis/it':>11}" + columns]
-    for arm in arms:
-        line = f"{arm.name:<44}{1000 * statistics.median(arm.times(arm.every)):>11.2f}{arm.ratio(plain):>10.2f}"
-        line += f"{arm.rival.ratio(arm):>11.2f}" if arm.rival else f"{'':>11}"
-        lines.append(line + (f"{arm.bytes / 2**20:>13.1f}{arm.bytes / plain.bytes:>10.2f}" if plain.bytes else ""))
-    return "\n".join(lines)
+    found: list[dict[str, str | float]] = []
+    for arm, count in zip(arms, calls, strict=True):
+        row: dict[str, str | float] = {
+            "arm": arm.name,
+            "ms a step": 1000 * statistics.median(arm.times(arm.every)),
+            "of plain": report.ratio(*arm.beside(plain)),
+            "spread": report.spread(*arm.beside(plain)),
+        }
+        if arm.rival:
+            row["thesis/it"] = report.ratio(*arm.rival.beside(arm))
+        if plain.bytes:
+            row |= {"MiB in step": arm.bytes / 2**20, "MiB of plain": arm.bytes / plain.bytes}
+        found.append(row | {"calls": count})
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of one guided training step.")
-    parser.add_argument("--steps", type=int, default=40, help="timed steps of an arm of the CNN; of the MLP ten times")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    options = parser.parse_args()
+    chosen = report.options("The cost of one guided training step.", NETWORKS, rounds=40)
     memory.keep_freed()
-    torch.set_num_threads(options.threads)
-    print(
-        f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, "
-        f"{options.steps} steps, of the MLP {NETWORKS['MLP'].steps} times as many; medians of times and ratios"
-    )
-    for title in NETWORKS:
-        arms = measure(title, options.steps, options.threads, options.device)
-        print("", table(title, arms), sep="\n", flush=True)
+    torch.set_num_threads(chosen.threads)
+    report.run(chosen, lambda name: measure(name, chosen.rounds, chosen.alone, chosen.threads, chosen.device))
 
 
 if __name__ == "__main__":

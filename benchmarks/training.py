@@ -1,22 +1,20 @@
 """What the training loop of the experiments costs beside one written by hand, and beside the usual one.
 
-    python benchmarks/training.py --rounds 12 --batches 5 --threads 1 --device cpu
+    python benchmarks/training.py --rounds 12 --threads 1 --device cpu --out results/benchmarks/training-mine.json
 
 The loop by hand has the same settings: images in one tensor on the device, channels_last, fused Adam. The usual one is
 that of most tutorials: a data set of PIL images, `ToTensor`, a `DataLoader`, float32, NCHW, Adam as it comes. Where the
 processor multiplies in bfloat16, ATHENA's loop is timed in that too. All arms train the same network on the same
 images, some batches in turn, in an order drawn anew for each round; a ratio compares an arm with ATHENA's in float32 of
-the same round.
+the same round. Times are CPU seconds of this process, on a GPU those of a clock.
 """
 
-import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import memory
+import report
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import ToTensor
 
-from athena import data, models, training
+from athena.experiments import data, models, training
 
 BATCH = 64
+BATCHES = 5
+"""How many a loop trains on in a round."""
 WARM_UP = 2
 NETWORKS: dict[str, tuple[str, Callable[..., nn.Sequential]]] = {
     "mlp": ("mnist5k", models.mlp),
@@ -100,45 +100,43 @@ def usual(name: str, count: int, device: str) -> Callable[[], None]:
     return lambda: steps(network, optimizer, batches())
 
 
-def measure(name: str, rounds: int, count: int, device: str) -> str:
-    arms = {
-        "ATHENA": athena_loop(name, count, device),
-        "by hand, the same settings": by_hand(name, count, device),
-        "usual: DataLoader, NCHW": usual(name, count, device),
-    }
+def measure(name: str, rounds: int, alone: bool, device: str) -> Iterator[report.Table]:
+    """The table of one network."""
+    arms = {"ATHENA": athena_loop(name, BATCHES, device)}
+    if not alone:
+        arms["by hand, the same settings"] = by_hand(name, BATCHES, device)
+        arms["usual: DataLoader, NCHW"] = usual(name, BATCHES, device)
     if device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        arms["ATHENA, bfloat16"] = athena_loop(name, count, device, "bfloat16")
+        arms["ATHENA, bfloat16"] = athena_loop(name, BATCHES, device, "bfloat16")
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     order = random.Random(0)
-    for _ in range(WARM_UP + rounds):
+    for number in range(WARM_UP + rounds):
         for arm in order.sample(list(arms), len(arms)):
-            began = time.perf_counter()
+            began = report.now(device)
             arms[arm]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[arm].append((time.perf_counter() - began) / count)
-    lines = [name, f"{'loop':<30}{'ms a step':>11}{'of ATHENA':>11}"]
-    own = seconds["ATHENA"][WARM_UP:]
-    for arm, every in seconds.items():
-        kept = every[WARM_UP:]
-        ratio = statistics.median(other / ours for other, ours in zip(kept, own, strict=True))
-        lines.append(f"{arm:<30}{1000 * statistics.median(kept):>11.2f}{ratio:>11.2f}")
-    return "\n".join(lines)
+            if number >= WARM_UP:
+                seconds[arm].append((report.now(device) - began) / BATCHES)
+    own = seconds["ATHENA"]
+    rows: list[dict[str, str | float]] = [
+        {
+            "arm": arm,
+            "ms a step": 1000 * statistics.median(every),
+            "of ATHENA": report.ratio(every, own),
+            "spread": report.spread(every, own),
+        }
+        for arm, every in seconds.items()
+    ]
+    images = data.load(NETWORKS[name][0])
+    shape = BATCH, *images.train_images.shape[1:]
+    yield report.Table(f"{name.upper()}, {report.shape(shape)}", rounds, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of the training loop.")
-    parser.add_argument("--rounds", type=int, default=12, help="timed rounds")
-    parser.add_argument("--batches", type=int, default=5, help="batches of each loop in a round")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    options: Any = parser.parse_args()
+    chosen = report.options("The cost of the training loop.", NETWORKS, rounds=12)
     memory.keep_freed()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
-    print(f"PyTorch {torch.__version__}, {options.device}, {options.threads} thread(s), batch {BATCH}, plain training")
-    for name in NETWORKS:
-        print("", measure(name, options.rounds, options.batches, options.device), sep="\n", flush=True)
+    report.run(chosen, lambda name: measure(name, chosen.rounds, chosen.alone, chosen.device))
 
 
 if __name__ == "__main__":

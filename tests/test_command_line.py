@@ -28,18 +28,14 @@ seed = [0, 1, 2]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(url: str) -> None:
-        raise OSError("no network in tests")
-
-    monkeypatch.setattr(data, "_answers", refuse)
+def nothing_is_downloaded(no_network: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATHENA_DATA", str(tmp_path / "data"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that takes the place of the checkout, with a study in it."""
-    monkeypatch.setattr("athena.experiments.study.root", lambda: tmp_path)
+    monkeypatch.setattr("athena.experiments.places.root", lambda: tmp_path)
     (tmp_path / "studies").mkdir()
     (tmp_path / "results").mkdir()
     (tmp_path / "studies" / "tiny.toml").write_text(STUDY)
@@ -143,7 +139,7 @@ def test_a_sweep_takes_over_what_another_study_has_measured(folder: Path, monkey
         trained.append(run)
         return train(run, device)
 
-    monkeypatch.setattr("athena.experiments.study.train", remembered)
+    monkeypatch.setattr("athena.experiments.backends.train", remembered)
     assert athena("sweep", folder / "studies" / "tiny.toml", "--workers", "1").exit_code == 0
     assert sorted({run.seed for run in trained}) == [0, 2] and len(trained) == 4
 

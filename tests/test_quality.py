@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import athena
 from athena import quality
+from athena.evaluation.randomisation import _likeness
 
 MAPS = (3, 2, 4, 5)
 WHAT = ["mass", "rank", "pointing"]
@@ -376,13 +377,13 @@ def test_the_stage_none_shows_the_chance_in_a_method() -> None:
 
 def test_likenesses_are_the_usual_ones() -> None:
     first, second = maps(0, (2, 9, 9)).numpy(), maps(1, (2, 9, 9)).numpy()
-    found = quality._likeness(first, second)
+    found = _likeness(first, second)
     for i in range(2):
         assert found["spearman"][i] == pytest.approx(stats.spearmanr(first[i].ravel(), second[i].ravel()).statistic)
-    mirrored = quality._likeness(first, -first)
+    mirrored = _likeness(first, -first)
     np.testing.assert_allclose(mirrored, [[-1, 1, 1]] * 2)
-    assert quality._likeness(first, np.zeros_like(first)).isna().all(axis=None)
-    shrunk = quality._likeness(first, 1e-3 * first)
+    assert _likeness(first, np.zeros_like(first)).isna().all(axis=None)
+    shrunk = _likeness(first, 1e-3 * first)
     np.testing.assert_allclose(shrunk, 1)
 
 

@@ -1,5 +1,10 @@
 """Claims about how the book writes its results down."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -17,16 +22,46 @@ def test_a_difference_stands_in_points_with_its_interval() -> None:
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
-@pytest.mark.parametrize("benchmark", ["lrp-avx512", "lrp-h100", "guidance-avx512", "guidance-h100", "training-avx512"])
-def test_what_a_benchmark_printed_is_read_cell_by_cell(benchmark: str) -> None:
-    lines = (experiments.root() / "results" / "benchmarks" / f"{benchmark}.txt").read_text().splitlines()
-    conditions, found = tables.printed(benchmark)
-    assert conditions == lines[0] and conditions.startswith("PyTorch")
-    rows = [" ".join(row).split() for _, table in found for row in table.to_numpy()]
-    wordy = [line.split() for line in lines[1:] if "  " in line and not line.startswith(("arm ", "loop "))]
-    assert rows == wordy
-    assert all(title in lines for title, _ in found)
-    assert all((table.iloc[:, 1].str.fullmatch(r"\d+\.\d+")).all() and len(table) > 1 for _, table in found)
+@pytest.mark.parametrize(
+    "path", sorted((experiments.root() / "results" / "benchmarks").iterdir()), ids=lambda p: p.stem
+)
+def test_a_stored_benchmark_compares_every_arm_with_the_first_of_its_table(path: Path) -> None:
+    conditions, measured = tables.benchmark(path.stem)
+    assert conditions.startswith("PyTorch 2.") and conditions.endswith((" CPU time", " wall-clock time"))
+    assert len(measured) == len(json.loads(path.read_text("utf8"))["tables"]) > 1
+    for table in measured.values():
+        assert table["arm"].is_unique and len(table) > 1
+        assert not (table.drop(columns=["arm", "spread"], errors="ignore") <= 0).any(axis=None)
+        milliseconds, ratio = table.iloc[:, 1], table.iloc[:, 2]
+        assert ratio[0] == 1
+        assert ratio.to_numpy() == pytest.approx(milliseconds / milliseconds[0], rel=0.2)
+
+
+def test_the_table_of_a_benchmark_leaves_empty_what_was_not_measured() -> None:
+    measured = pd.DataFrame(
+        {"arm": ["plain", "ours"], "ms": [12.34, 15], "of athena": [None, 1.005], "calls": [35, 384]}
+    )
+    assert tables.cells(measured).to_numpy().tolist() == [["plain", "12.3", "", "35"], ["ours", "15.0", "1.00", "384"]]
+    assert tables.title({"title": "CNN, 8 x 3 x 32 x 32", "rounds": 7}) == "CNN, 8 x 3 x 32 x 32, 7 rounds"
+    assert tables.title({"title": "CNN", "rounds": None}) == "CNN"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark, network", [("lrp", "mlp-1"), ("guidance", "mlp-class"), ("training", "mlp")])
+def test_a_benchmark_stores_what_the_book_reads(benchmark: str, network: str, tmp_path: Path) -> None:
+    program, out = (
+        experiments.root() / "benchmarks" / f"{benchmark}.py",
+        tmp_path / "results" / "benchmarks" / "new.json",
+    )
+    out.parent.mkdir(parents=True)
+    options = ["--only", network, "--rounds", "2", "--alone", "--out", str(out)]
+    done = subprocess.run([sys.executable, str(program), *options], capture_output=True, text=True, check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "root", lambda: tmp_path)
+        conditions, measured = tables.benchmark("new")
+    ((title, table),) = measured.items()
+    assert done.stdout.splitlines() == [conditions, "", title, *tables.cells(table).to_string(index=False).splitlines()]
+    assert list(table["arm"])[1:] and table.iloc[0, 2] == 1
 
 
 def test_a_comparison_lists_what_was_measured_and_what_was_not(frame: pd.DataFrame) -> None:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from athena import data, widgets
+from athena.book.widgets.relevance import Pad
 from athena.widgets import FactorExplorer, RelevanceExplorer, frames
 
 SMALL: dict[str, Any] = {"fraction": 0.01, "epochs": 1}  # 40 images of mnist5k, one batch
@@ -60,7 +61,7 @@ def built(explorer: widgets.Explorer, monkeypatch: pytest.MonkeyPatch) -> tuple[
     for name in ("JPY_SESSION_NAME", "VSCODE_PID"):
         monkeypatch.delenv(name, raising=False)
     displayed: list[Any] = []
-    monkeypatch.setattr(widgets, "display", displayed.append)
+    monkeypatch.setattr("athena.book.widgets.explorer.display", displayed.append)
     figure = explorer.figure()
     assert figure is not None
     explorer._ipython_display_()
@@ -176,7 +177,7 @@ def test_class_rule_and_image_change_the_picture(trained: nn.Module, images: Ten
 def test_a_drawing_takes_the_place_of_the_image_until_another_is_chosen(trained: nn.Module, images: Tensor) -> None:
     explorer = RelevanceExplorer(trained, images)
     panel = explorer.live()
-    (pad,) = (part for part in parts(panel) if isinstance(part, widgets._Pad))
+    (pad,) = (part for part in parts(panel) if isinstance(part, Pad))
     chosen = shown(panel)
     pad.strokes = [float(i % 28 < 3) for i in range(784)]
     assert shown(panel) != chosen
@@ -208,7 +209,7 @@ def test_it_is_live_where_a_notebook_server_runs_it(
 ) -> None:
     monkeypatch.setenv("JPY_SESSION_NAME", "chapter.ipynb")
     displayed: list[ipywidgets.Widget] = []
-    monkeypatch.setattr(widgets, "display", displayed.append)
+    monkeypatch.setattr("athena.book.widgets.explorer.display", displayed.append)
     explorer = RelevanceExplorer(trained, images)
     assert explorer.figure() is None
     explorer._ipython_display_()

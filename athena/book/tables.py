@@ -3,7 +3,7 @@
 Not here: how the numbers come about (`athena.statistics`), and figures (`athena.figures`).
 """
 
-import re
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +12,23 @@ import pandas as pd
 from athena import experiments
 from athena.experiments import statistics
 
-__all__ = ["by_share", "comparison", "endpoints", "percent", "points", "printed", "say", "shown"]
+__all__ = [
+    "benchmark",
+    "by_share",
+    "cells",
+    "comparison",
+    "conditions",
+    "endpoints",
+    "percent",
+    "points",
+    "say",
+    "shown",
+    "title",
+]
 
 NOT_RUN = "not yet run"
+DIGITS = {"ms": 1, "peak MiB": 1, "MiB in step": 1, "calls": 0}
+"""Digits after the point in the tables of benchmarks, where they are not 2."""
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -31,28 +45,33 @@ def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
     return f"{difference} (one pair)" if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
 
 
-def printed(benchmark: str) -> tuple[str, list[tuple[str, pd.DataFrame]]]:
-    """What a benchmark printed, as it is stored in ``results/benchmarks/``, such as ``"lrp-avx512"``.
+def benchmark(name: str) -> tuple[str, dict[str, pd.DataFrame]]:
+    """What a benchmark measured, as it is stored in ``results/benchmarks/``, such as ``"lrp-avx512"``.
 
     Returns:
-        The line that says what it ran on, and its tables with their titles, all cells as text.
+        The conditions in one line, and the tables by their titles: the name of an arm in the column `arm`, and its
+        numbers in the others, NaN for what was not measured.
     """
-    conditions, *lines = (experiments.root() / "results" / "benchmarks" / f"{benchmark}.txt").read_text().splitlines()
-    found: list[tuple[str, pd.DataFrame]] = []
-    for line in filter(None, lines):
-        if "  " not in line:
-            found.append((line, pd.DataFrame()))
-            continue
-        title, table = found[-1]
-        if table.columns.empty:
-            heads = list(re.finditer(r"\S+(?: \S+)*", line))
-            ends = [head.end() for head in heads[1:]]
-            found[-1] = title, pd.DataFrame(columns=[head.group() for head in heads])
-        else:  # every column but the first is flush with the end of its head
-            name = re.split("  +", line)[0]
-            cells = [line[start:end].strip() for start, end in zip([len(name), *ends], ends, strict=False)]
-            table.loc[len(table)] = [name, *cells]
-    return conditions, found
+    stored = json.loads((experiments.root() / "results" / "benchmarks" / f"{name}.json").read_text("utf8"))
+    return conditions(stored["conditions"]), {title(table): pd.DataFrame(table["rows"]) for table in stored["tables"]}
+
+
+def title(table: Mapping[str, Any]) -> str:
+    """The title of a benchmark's table, with how many rounds it is the median of, where that is known."""
+    return f"{table['title']}, {table['rounds']} rounds" if table["rounds"] else str(table["title"])
+
+
+def conditions(given: Mapping[str, Any]) -> str:
+    """The conditions of a benchmark in one line; `given` is what stands under that name in its file."""
+    return "PyTorch {PyTorch}, {device}, {threads} thread(s), {seconds} time".format_map(given)
+
+
+def cells(measured: pd.DataFrame) -> pd.DataFrame:
+    """A table of a benchmark as text. The cell of a number that was not measured is empty."""
+    text = measured.copy()
+    for name in map(str, measured.select_dtypes("number")):
+        text[name] = measured[name].map(f"{{:.{DIGITS.get(name, 2)}f}}".format)
+    return text.replace("nan", "")
 
 
 def say(text: str) -> None:

@@ -31,7 +31,7 @@ from athena.experiments import controls, data, models
 
 __all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
 
-MODELS = {"mlp": models.mlp, "cnn": models.cnn}
+MODELS = models.MODELS
 HELD_OUT = 0.1
 """The share of the training set that early stopping on ``monitor="validation"`` is decided by."""
 CHOICES: dict[str, tuple[Any, ...]] = {

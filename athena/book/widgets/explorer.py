@@ -1,0 +1,153 @@
+"""What the explorers share: choices, a picture that follows them, and its frames on a built page."""
+
+import html
+import io
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ipywidgets
+from IPython.display import display
+from matplotlib.figure import Figure
+from PIL import Image
+
+RULES = ("Epsilon(1e-06)", "Zero()", "Gamma(0.25)", "ZPlus()", "AlphaBeta(2, 1)", "Flat()")
+NARROW = {"description_width": "initial"}
+WIDE = {"width": "100%", "max_width": "924px"}
+
+
+def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None) -> ipywidgets.VBox:
+    """A slider that goes through figures drawn beforehand.
+
+    Args:
+        pictures: the figure for each stop of the slider, in order.
+        label: what the slider moves, for the reader.
+        value: the stop to begin with; by default the first.
+
+    Raises:
+        ValueError: there is no picture, or none for `value`.
+    """
+    stops = list(pictures)
+    if not stops or (value is not None and value not in stops):
+        raise ValueError(f"a slider from {stops} cannot begin at {value!r}")
+    images = [ipywidgets.Image(value=png(figure), format="png", layout=WIDE) for figure in pictures.values()]
+    slider = ipywidgets.SelectionSlider(
+        options=stops,
+        index=stops.index(value or stops[0]),
+        description=label,
+        continuous_update=True,
+        style=NARROW,
+        layout={"width": "100%", "max_width": "480px"},
+    )
+    stack = ipywidgets.Stack(images, selected_index=slider.index)
+    # "index", not "value": the browser knows nothing of a SelectionSlider's value
+    ipywidgets.jslink((slider, "index"), (stack, "selected_index"))
+    return ipywidgets.VBox([slider, stack])
+
+
+class Explorer(ABC):
+    """Choices, and a picture that follows them.
+
+    As the last line of a cell it shows itself: live where the reader runs the notebook, else as `frames` of the one
+    choice that matters most, which want `figure` above them.
+
+    Attributes:
+        values: what is chosen, by name. The controls of `live` change it.
+        moved: the choice that a built page lets its reader move, what to call it, and its stops.
+    """
+
+    values: dict[str, Any]
+    moved: tuple[str, str, Sequence[Any]]
+
+    def __init__(self) -> None:
+        self._drawn_stops: dict[str, Figure] = {}
+
+    @abstractmethod
+    def picture(self, **choices: Any) -> Figure:
+        """What is shown for the choices given by name; each of the others is as in `values`."""
+
+    @abstractmethod
+    def live(self) -> ipywidgets.Widget:
+        """The controls and the picture, with this kernel behind them."""
+
+    def figure(self) -> Figure | None:
+        """What a built page shows above the slider, for readers without JavaScript; None where this is live."""
+        return None if served() else self._stops()[self._first()]
+
+    def _first(self) -> str:
+        """Where the slider of a built page begins."""
+        name, _, stops = self.moved
+        return written(self.values[name] if self.values[name] in stops else stops[0])
+
+    def _stops(self) -> dict[str, Figure]:
+        """The picture for each stop of `moved`, drawn once."""
+        name, _, stops = self.moved
+        if not self._drawn_stops:
+            self._drawn_stops.update({written(stop): self.picture(**{name: stop}) for stop in stops})
+        return self._drawn_stops
+
+    def choices(self, **given: Any) -> dict[str, Any]:
+        """`values`, except for what is `given`.
+
+        Raises:
+            TypeError: there is no such choice.
+        """
+        if unknown := set(given) - set(self.values):
+            raise TypeError(f"there is no choice called {', '.join(sorted(unknown))}, but {', '.join(self.values)}")
+        return self.values | given
+
+    def _panel(self, controls: Mapping[str, Any], *more: ipywidgets.Widget) -> ipywidgets.VBox:
+        """Controls that set `values`, a line for messages and the picture, with `more` between."""
+
+        def follow(name: str) -> Callable[[Any], None]:
+            return lambda change: self.values.update({name: change["new"]})
+
+        for name, control in controls.items():
+            control.style, control.layout.width = NARROW, "300px"
+            control.observe(follow(name), "value")
+        self._message = ipywidgets.HTML()
+        self._image = ipywidgets.Image(format="png", layout=WIDE)
+        row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap", "max_width": "924px"})
+        return ipywidgets.VBox([row, *more, self._message, self._image])
+
+    def _say(self, text: str) -> None:
+        self._message.value = html.escape(text)
+
+    def _complain(self, error: Exception) -> None:
+        """An error, where the reader looks and not in a log."""
+        said = html.escape(f"{type(error).__name__}: {error}").replace("\n", "<br>")
+        self._message.value = f'<span role="alert" style="color: #b3261e">{said}</span>'
+
+    def _draw(self, figure: Figure) -> None:
+        self._image.value = png(figure, reduced=False)  # nothing is kept, and reducing takes longer than drawing
+
+    def _ipython_display_(self) -> None:
+        display(self.live() if served() else frames(self._stops(), self.moved[1], self._first()))
+
+
+def served() -> bool:
+    """Whether a reader runs this: a notebook server names its session, and Colab and VS Code show themselves."""
+    return "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules or "VSCODE_PID" in os.environ
+
+
+def with_value(options: Sequence[Any], value: Any) -> tuple[Any, ...]:
+    """The options, with a value that is none of them in front."""
+    return tuple(dict.fromkeys([*([] if value in options else [value]), *options]))
+
+
+def written(stop: Any) -> str:
+    """A stop of a slider as text."""
+    return f"{stop:g}" if isinstance(stop, float) else str(stop)
+
+
+def png(figure: Figure, reduced: bool = True) -> bytes:
+    """The figure, by default in 256 colours, by which a page with its frames has less than half the size."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    if not reduced:
+        return drawn.getvalue()
+    small = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
