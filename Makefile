@@ -3,7 +3,9 @@
 #   make book           run every chapter and build the book; QUICK=1 runs them with the parameters of book/quick.yml
 #   make pdf            the book that make book made, as one PDF; needs a Chromium
 #   make test           the fast tests; ARGS="..." goes to pytest
-#   make lint           ruff and mypy
+#   make lint           ruff, mypy and import-linter
+#
+# They take python3, or the one that is given: make test PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +19,7 @@ help:
 	@echo "make book    run every chapter, build the book (QUICK=1: small parameters)"
 	@echo "make pdf     the built book as one PDF (needs Chromium)"
 	@echo "make test    fast tests (ARGS=... for pytest)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and import-linter"
 	@echo "make clean   remove what was built; .venv and data stay"
 
 book: $(INSTALLED) assets
@@ -33,10 +35,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
+# An environment that was not finished, or is of another Python, is made anew.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[book,dev]"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ATHENA needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; \
+	  exit 1; }
+	@[ -e $@ ] && [ "$$($(BIN)/python --version)" = "$$($(PYTHON) --version)" ] || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
 # The scripts that pages load, so that the book works offline. Without npm they come over the network.

@@ -1,12 +1,9 @@
 """ATHENA: layer-wise relevance propagation for any PyTorch model, and training that is guided by it."""
 
-from importlib import import_module
 from typing import Any
 
-from athena import (
-    _aliases,  # noqa: F401
-    rules,
-)
+from athena import rules
+from athena._imports import SHORT_NAMES, room
 from athena.guidance import DivergedError, Guidance
 from athena.interception import UnsupportedLayer
 from athena.relevance import Relevance, lrp
@@ -25,15 +22,13 @@ __all__ = [
 ]
 
 # Explaining and guiding need PyTorch alone; modules that need more are imported when they are first asked for.
-_MODULES = (
-    *("data", "experiments", "figures", "layers", "models", "quality", "statistics", "tables", "training", "widgets"),
-)
+_MODULES = {"book", "evaluation", "experiments", "layers", *(name.partition(".")[2] for name in SHORT_NAMES)}
 _NAMES = {"Run": "training", "results": "experiments", "train": "training"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"athena.{name}")
+        return room(f"athena.{name}")
     if name in _NAMES:
-        return getattr(import_module(f"athena.{_NAMES[name]}"), name)
+        return getattr(room(f"athena.{_NAMES[name]}"), name)
     raise AttributeError(f"module 'athena' has no attribute {name!r}")

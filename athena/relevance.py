@@ -10,17 +10,20 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from athena import chain
+from athena._imports import needed
 from athena.interception import Interception, Paths, Phase, Record, UnsupportedLayer, mapped, tensors_in
 from athena.layers import Affine, LinearLRP
 from athena.rules import Epsilon, RuleChoice, RuleFor
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["Relevance", "lrp", "start"]
 
@@ -70,7 +73,7 @@ class Relevance:
         reached = [(record, d) for record, d in found.records if isinstance(record, Affine)]
         return {record.path: found.phase.of(record.z, d) for record, d in reached}
 
-    def conservation(self) -> pd.DataFrame:
+    def conservation(self) -> "pandas.DataFrame":
         """Where the relevance went, summed over the batch in float64, from the output down.
 
         Returns:
@@ -85,6 +88,7 @@ class Relevance:
         Raises:
             RuntimeError: the model, or the input, has changed since the explanation.
         """
+        pd = needed("pandas", "experiments", "conservation()")
         found, rows = self._account, []
         total = sum(part.double().sum().item() for part in tensors_in(found.output))
         for record, d in reversed(found.records):
@@ -93,7 +97,8 @@ class Relevance:
             share = (bias + stabiliser) / total if total else 0.0
             rows.append((record.path, relevance, bias, stabiliser, share))
         rows.append(("input", sum(part.double().sum().item() for part in found.inputs), 0.0, 0.0, 0.0))
-        return pd.DataFrame(rows, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
+        table: pandas.DataFrame = pd.DataFrame(rows, columns=["layer", "relevance", "bias", "stabiliser", "absorbed"])
+        return table
 
 
 def lrp(

@@ -30,7 +30,8 @@ if importlib.util.find_spec("athena") is None:
     if not clone.is_dir():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, clone], check=True)
     pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, "--editable", clone, "anywidget>=0.9", "ipywidgets>=8.1"], check=True)
+    packages = ["anywidget>=0.9", "ipywidgets>=8.1", "matplotlib>=3.8", "seaborn>=0.13"]
+    subprocess.run([*pip, "--editable", f"{clone}[attribution,experiments]", *packages], check=True)
     sys.path.insert(0, str(clone))  # the running Python looks for new packages at its next start only
 if clone.is_dir():
     os.chdir(clone / "book")"""

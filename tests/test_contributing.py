@@ -1,0 +1,78 @@
+"""The examples of CONTRIBUTING.md do what it says."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import athena
+from athena import data, experiments, models, rules
+from athena.experiments import controls
+from athena.experiments.data import originals
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf8")
+
+
+def example(title: str) -> str:
+    """The first block of code under a heading."""
+    found = re.search(rf"## {title}\n.*?```\w+\n(.*?)```", TEXT, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def added_to(module: ModuleType, title: str) -> dict[str, Any]:
+    """What the module would hold with the example in it."""
+    names = dict(vars(module))
+    exec(example(title), names)
+    return names
+
+
+def test_the_rule_shares_out_by_the_strength_of_connections() -> None:
+    rule = added_to(rules, "A rule")["Strength"]()
+    layer, a = torch.nn.Linear(3, 1, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    contributions = a * layer.weight.abs()
+    expected = contributions / (contributions.sum(1, keepdim=True) + layer.bias.abs()) * layer(a)
+    assert torch.allclose(athena.lrp(layer, a, rule=rule).input, expected)
+
+
+def test_the_node_of_an_operation_has_the_name_that_is_told() -> None:
+    found = re.search(r"^(torch\.rand.*)  # \"(\w+)\"$", example("An operation"), re.MULTILINE)
+    assert found is not None and eval(found[1]) == found[2]
+
+
+@pytest.mark.usefixtures("no_network", "data_folder")
+def test_the_data_set_is_one_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    fashion = added_to(originals, "A data set")["DATA_SETS"][-1]
+    monkeypatch.setitem(data.DATA_SETS, "fashion", fashion)
+    with pytest.raises(data.MissingData, match="fashion is not in"):
+        data.load("fashion")
+    assert data.at_hand("fashion") == "mnist5k"
+
+
+def test_the_model_has_a_cost() -> None:
+    names = added_to(models, "A model")
+    assert names["MODELS"].keys() == names["STEP_COST"].keys() > models.MODELS.keys()
+    assert names["MODELS"]["perceptron"](3, 10)(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert models.MODELS.keys() == models.STEP_COST.keys()
+
+
+def test_the_control_gives_one_number_a_neuron() -> None:
+    control = added_to(controls, "A control")["CONTROLS"]["constant"]
+    assert torch.equal(control(torch.rand(2, 3), None, None, None), torch.ones(2, 3))
+
+
+def test_the_study_is_one(tmp_path: Path) -> None:
+    (tmp_path / "other-seeds.toml").write_text(example("A study"))
+    study = experiments.Study.read(tmp_path / "other-seeds.toml")
+    assert len(study.runs) == 20 and {run.factor for run in study.runs} == {0.0, 1.0}
+
+
+@pytest.mark.skipif(not (ROOT / "athena" / "propagation").exists(), reason="the engine is still in single files")
+def test_every_place_that_is_named_is_there() -> None:
+    places = set(re.findall(r"`((?:athena|tests|book|studies)/[\w./-]*)`", TEXT))
+    assert len(places) > 10
+    assert not [place for place in places if "other-seeds" not in place and not (ROOT / place).exists()]
