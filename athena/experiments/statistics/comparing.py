@@ -110,8 +110,7 @@ def family(*tables: pd.DataFrame) -> list[pd.DataFrame]:
         p_least: the smallest that `p_holm` could have been at this number of pairs, the other cells being as they are:
             that of differences which all point one way.
         detectable: the difference that would have been found with a probability of 80 %, by a t-test with the sd and
-            n of the cell at the level of Holm's first step, 0.05 over the number of cells; infinite where no sign-flip
-            p gets below that level.
+            n of the cell at the level that its p has to be below in this family; infinite where none gets there.
     """
     whole = pd.concat(tables, keys=range(len(tables)), names=["table", None])
     tested = whole.index[whole["n"] > 0]
@@ -120,10 +119,10 @@ def family(*tables: pd.DataFrame) -> list[pd.DataFrame]:
     if len(tested):
         whole.loc[tested, "p_holm"] = _holm(p)
         whole.loc[tested, "p_least"] = [_holm([*p[:k], least[k], *p[k + 1 :]])[k] for k in range(len(p))]
-        level = LEVEL / len(tested)
+        levels = LEVEL * least / whole.loc[tested, "p_least"]
         effects = [
             sd * _standard_effect(int(number), level) if smallest < level else math.inf
-            for sd, number, smallest in zip(whole.loc[tested, "sd"], n, least, strict=True)
+            for sd, number, smallest, level in zip(whole.loc[tested, "sd"], n, least, levels, strict=True)
         ]
         whole.loc[tested, "detectable"] = effects
     return [pd.DataFrame(whole.loc[[place]]).droplevel("table") for place in range(len(tables))]

@@ -241,8 +241,9 @@ def _no_pair(plain: pd.DataFrame, treated: pd.DataFrame, columns: Sequence[str])
         if not ours & theirs:
             apart[column] = (sorted(ours, key=order), sorted(theirs, key=order))
     reason = f"the arms share no value of {apart} (baseline, treatment)" if apart else "no combination occurs in both"
+    way_out = "pass any_code=True to pair them, " if list(apart) == ["code"] else ""
     return (
         f"none of the {len(treated)} treatment runs has a baseline run with the same {', '.join(columns)}: {reason}; "
-        f"the first is {_rows(treated.drop(columns=VALUE))[0]}. Run the missing baseline, or name in "
-        "baseline what may differ"
+        f"the first is {_rows(treated.drop(columns=VALUE))[0]}. Run the missing baseline, "
+        f"{way_out}or name in baseline what may differ"
     )
