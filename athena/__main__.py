@@ -71,13 +71,21 @@ def sweep(
 
 
 @app.command()
-def report(study: StudyFile) -> None:
-    """Prints what a study has measured so far, beside the thesis's table where it repeats one."""
+def report(
+    study: StudyFile,
+    any_code: Annotated[bool, typer.Option("--any-code", help="Pair runs of two versions of the code too")] = False,
+) -> None:
+    """Prints what a study has measured so far, beside the thesis's table where it repeats one.
+
+    p_holm is corrected over all rows of the table. "detectable" is the difference that the pairs would have shown with
+    a probability of 80 %.
+    """
     plan = experiments.Study.read(study)
     done = experiments.results(plan.name)
     done = done[done["key"].isin({run.key for run in plan.runs})]
     typer.echo(f"{plan.title}\n{plan.question.strip()}\n\n{len(done)} of {len(plan.runs)} runs.\n")
-    table = statistics.compare(done)
+    table = statistics.compare(done, any_code=any_code)
+    table["verdict"] = [statistics.verdict(row) for _, row in table.iterrows()]
     if plan.thesis_table:
         table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
