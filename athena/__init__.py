@@ -5,7 +5,7 @@ from typing import Any
 from athena import rules
 from athena._imports import SHORT_NAMES, room
 from athena.guidance import DivergedError, Guidance
-from athena.interception import UnsupportedLayer
+from athena.propagation.layer import UnsupportedLayer
 from athena.relevance import Relevance, lrp
 
 __version__ = "0.1.0"

@@ -345,11 +345,16 @@ class RuleChoice:
             )
 
     @functools.cached_property
-    def absolute(self) -> bool:
-        """Whether a layer above an activation may get a rule that gives relevance to neurons that are 0."""
+    def absolute(self) -> bool | None:
+        """Whether layers that stand on others have a rule that gives relevance to neurons that are 0; None: unknown."""
         if isinstance(self.rule, Preset):
             return self.rule.linear.absolute or self.rule.convolutional.absolute
-        return not isinstance(self.rule, Rule) or self.rule.absolute
+        return self.rule.absolute if isinstance(self.rule, Rule) else None
+
+    @property
+    def looks_at_layers(self) -> bool:
+        """Whether a rule may look at the inputs and outputs of layers."""
+        return not isinstance(self.rule, Rule) or self.rule.stabiliser > 0 or self.rule.asks_for_sums
 
     def of(self, path: str, modules: Mapping[str, nn.Module], convolutional: bool, first: Callable[[], bool]) -> Rule:
         """The rule of the layer at `path` among a model's `modules`; `first` tells whether no other stands below it.
@@ -417,8 +422,3 @@ def _any_below_zero(tensor: Tensor) -> bool:
 def _quotient(relevance: Tensor, total: Tensor) -> Tensor:
     """``relevance / total`` in the memory of `relevance`, and 0 where the total has no contributions to share it."""
     return relevance.div_(total).nan_to_num_(0.0, 0.0, 0.0)
-
-
-def least(dtype: torch.dtype) -> float:
-    """What stands in for 0 where something is divided by it: so small that it adds nothing, its inverse finite."""
-    return max(1e-20, torch.finfo(dtype).tiny)

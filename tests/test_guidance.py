@@ -23,8 +23,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import athena
-from athena import chain, models, relevance
-from athena.interception import Interception
+from athena import models
 from athena.rules import Epsilon, Gamma, Rule, Zero
 
 Gradients = dict[str, Tensor]
@@ -607,16 +606,6 @@ def test_in_float16_a_relevance_that_overflows_is_noticed() -> None:
         loss.backward()
 
 
-def test_what_lies_below_the_guided_layers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hook on a node of the graph keeps the gradient that comes by: half as much memory again in the thesis's CNN."""
-    hooked: list[str] = []
-    monkeypatch.setattr(Interception, "_refusal", lambda self, what: hooked.append(what) or (lambda _: None))
-    model = narrow_cnn()
-    x, labels = batch(model)
-    gradients(model, x, labels, factor=0.5, scope="linear")
-    assert not hooked
-
-
 @pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-6), Gamma()], ids=str)
 def test_channels_last_gives_the_same_gradients(rule: Any) -> None:
     model = narrow_cnn()
@@ -724,14 +713,13 @@ def test_no_step_that_fails_leaves_memory_behind(case: str, at: str) -> None:
     build, rule = LEFT_BEHIND[case]
     network = build()
     x, _ = batch(network)
-    model = nn.Sequential(network, nn.Linear(4, 3).double())
 
-    def fail(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def fail(output: Tensor) -> Tensor:
         if at == "forward pass":
             raise RuntimeError("out of order")
         return output.cumsum(1)
 
-    model.register_forward_hook(fail)
+    model = nn.Sequential(network, nn.Linear(4, 3).double(), Forward(fail))
 
     def step() -> None:
         with pytest.raises((RuntimeError, athena.UnsupportedLayer), match=r"out of order|cumsum"):
@@ -892,238 +880,9 @@ def test_a_layer_used_twice_is_guided_at_both_places() -> None:
     close(gradients(twice, x, labels, factor=0.7), expected)
 
 
-# Chains
-
-
-def spied(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
-    """What the function by this name returns from now on."""
-    found: list[Any] = []
-    function = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *given, **named: found.append(function(*given, **named)) or found[-1])
-    return found
-
-
-CHAINS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: models.mlp().float(),
-    "linear part of the cnn": lambda: models.cnn(channels=1),
-    "leaky": lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 9), nn.LeakyReLU(), nn.Linear(9, 8), nn.Linear(8, 4)),
-    "dropout": lambda: nn.Sequential(
-        nn.Flatten(), nn.Linear(1024, 9), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(9, 8, bias=False), nn.ReLU(),
-        nn.Dropout(0.2), nn.Linear(8, 4),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("target", [None, 3, "softmax", "at 0"])
-@pytest.mark.parametrize("rule", [Zero(), Epsilon(1e-6)], ids=str)
-@pytest.mark.parametrize("network", CHAINS)
-def test_a_chain_of_linear_layers_gets_the_same_bits_without_the_engine(
-    network: str, rule: Any, target: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = CHAINS[network]()
-    if target == "at 0":  # the logit that starts can bear nothing
-        target, last = 1, list(model.children())[-1]
-        with torch.no_grad():
-            last.weight[1], last.bias[1] = 0.0, 0.0
-    x, labels = torch.randn(6, 1, 32, 32), torch.randint(4, (6,))
-
-    def guided() -> Gradients:
-        torch.manual_seed(1)  # of dropout
-        return gradients(model, x, labels, factor=0.7, scope="linear", rule=rule, target=target)
-
-    unwatched = guided()
-    monkeypatch.setattr(chain, "is_plain", lambda *given, **named: False)
-    found = spied(monkeypatch, relevance, "_chain")
-    watched = guided()
-    assert found[-1] is not None, "the engine was called for a chain"
-    monkeypatch.setattr(relevance, "_chain", lambda *given: None)
-    equal(watched, guided())
-    equal(unwatched, watched)
-
-
-@pytest.mark.parametrize("case", ["residual", "two heads", "weight from a layer", "another activation"])
-def test_what_is_no_chain_is_left_to_the_engine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, other = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
-    last, small = nn.Linear(6, 4).double(), nn.Linear(6, 24).double()
-
-    def forward(x: Tensor) -> Tensor:
-        z = layer(x).relu()
-        match case:
-            case "residual":
-                return last(z + other(z).relu())
-            case "two heads":
-                return torch.cat([last(z)[:, :2], last(other(z).relu())[:, 2:]], 1)
-            case "weight from a layer":
-                return F.linear(other(z).relu(), small(z.mean(0)).view(4, 6))
-            case _:
-                return last(other(z).sigmoid())
-
-    model = Forward(forward, layer, other, last, small)
-    found = spied(monkeypatch, relevance, "_chain")
-    x, labels = torch.randn(5, 6, dtype=torch.float64), torch.randint(4, (5,))
-    gradients(model, x, labels, factor=0.7, scope="all", rule=Zero())
-    assert found == [None]
-
-
-class Forwards:
-    """How often from now on forward passes of sequential models begin, and how many of all are watched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun = self.watched = 0
-        forward, enter = nn.Sequential.forward, Interception.__enter__
-
-        def counted(*given: Any, **named: Any) -> Tensor:
-            self.begun += 1
-            return forward(*given, **named)
-
-        def seen(interception: Interception) -> Any:
-            self.watched += 1
-            return enter(interception)
-
-        monkeypatch.setattr(nn.Sequential, "forward", counted)
-        monkeypatch.setattr(Interception, "__enter__", seen)
-
-
 def chain_of(*between: nn.Module, bias: bool = True) -> nn.Sequential:
     """Two linear layers, 6 to 5 to 4, with something between, in float64."""
     return nn.Sequential(nn.Linear(6, 5, bias), *between, nn.Linear(5, 4, bias)).double()
-
-
-def shared() -> nn.Sequential:
-    layer = nn.Linear(6, 6)
-    return nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 4)).double()
-
-
-def convolutional() -> nn.Sequential:
-    convolution = nn.Conv1d(1, 2, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten()
-    return nn.Sequential(*convolution, nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4)).double()
-
-
-TOLD: dict[str, tuple[nn.Module, dict[str, Any]]] = {
-    "relu": (chain_of(nn.ReLU()), {}),
-    "by linear scope": (chain_of(nn.ReLU()), {"scope": "linear"}),
-    "in place": (chain_of(nn.ReLU(inplace=True)), {}),
-    "no biases": (chain_of(nn.ReLU(), bias=False), {}),
-    "three layers": (chain_of(nn.ReLU(), nn.Linear(5, 5), nn.Identity(), nn.ReLU()), {}),
-    "the lower of two": (chain_of(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), {"scope": ["0"]}),
-    "the upper of two": (chain_of(nn.ReLU(), nn.Linear(5, 5), nn.ReLU()), {"factor": {"2": 0.5}}),
-    "nested": (nn.Sequential(nn.Flatten(), chain_of(nn.Sequential(nn.ReLU()))), {}),
-    "rectified output": (nn.Sequential(chain_of(nn.ReLU()), nn.ReLU()), {}),
-    "above convolutions": (convolutional(), {"scope": "linear"}),
-    "softmax": (chain_of(nn.ReLU()), {"target": "softmax"}),
-    "by neuron": (chain_of(nn.ReLU()), {"granularity": "neuron", "normalise": "max"}),
-}
-
-
-@pytest.mark.parametrize("rule", [Zero(), Epsilon(0.1)], ids=str)
-@pytest.mark.parametrize("case", TOLD)
-def test_what_the_graph_tells_by_itself_is_not_watched(case: str, rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, settings = TOLD[case]
-    settings = {"factor": 0.7, "scope": "all", "rule": rule} | settings
-    shape = (7, 1, 6) if case == "above convolutions" else (7, 6)
-    x, labels = torch.randn(*shape, dtype=torch.float64), torch.randint(4, (7,))
-    forwards = Forwards(monkeypatch)
-    told = gradients(model, x, labels, **settings)
-    assert forwards.watched == 0
-    monkeypatch.setattr(chain, "is_plain", lambda *given, **named: False)
-    equal(told, gradients(model, x, labels, **settings))
-    assert forwards.watched == 1
-
-
-def frozen() -> nn.Sequential:
-    model = chain_of(nn.ReLU(), nn.Linear(5, 5), nn.ReLU())
-    model[2].weight.requires_grad_(False)
-    return model
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 5), st.lists(st.sampled_from([nn.ReLU, nn.Identity, nn.Flatten]))), max_size=4),
-    st.sampled_from([Zero(), Epsilon(1e-6), Epsilon(0.3)]),
-    st.integers(0, 2**31),
-)
-def test_the_graph_tells_what_watching_sees(layers: list[tuple[int, list[Any]]], rule: Rule, seed: int) -> None:
-    torch.manual_seed(seed)
-    parts: list[nn.Module] = []
-    width = 6
-    for outputs, between in layers:
-        parts += [nn.Linear(width, outputs), *(kind() for kind in between)]
-        width = outputs
-    model = nn.Sequential(*parts, nn.ReLU(), nn.Linear(width, 5), nn.ReLU(), nn.Linear(5, 4)).double()
-    x, labels = torch.randn(3, 6, dtype=torch.float64), torch.randint(4, (3,))
-    settings = {"factor": {path: 0.5 for path in affine(model) if torch.rand(()) < 0.7} | {affine(model)[-2]: -0.3}}
-    told = gradients(model, x, labels, rule=rule, **settings)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(chain, "is_plain", lambda *given, **named: False)
-        equal(told, gradients(model, x, labels, rule=rule, **settings))
-
-
-UNTOLD: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
-    "guided convolutions": (convolutional(), (7, 1, 6)),
-    "no relu between": (chain_of(nn.Identity()), (7, 6)),
-    "a relu of another shape": (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Flatten(), nn.Linear(10, 4)), (7, 2, 6)),
-    "a layer used twice": (shared(), (7, 6)),
-    "frozen weights": (frozen(), (7, 6)),
-    "autocast": (chain_of(nn.ReLU()).float(), (7, 6)),
-}
-
-
-@pytest.mark.parametrize("case", UNTOLD)
-def test_what_the_graph_does_not_tell_is_run_again_and_then_always_watched(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, shape = UNTOLD[case]
-    x, labels = torch.randn(*shape, dtype=next(model.parameters()).dtype), torch.randint(4, (7,))
-    forwards, found = Forwards(monkeypatch), list[Gradients]()
-    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"), athena.Guidance(model, 0.7, scope="all"):
-        for begun in (2, 3):
-            model.zero_grad()
-            F.cross_entropy(model(x), labels).backward()
-            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-            assert (forwards.begun, forwards.watched) == (begun, begun - 1)
-    equal(*found)
-
-
-def hooked(*, pre: bool) -> nn.Sequential:
-    model = chain_of(nn.ReLU())
-    (model[1].register_forward_pre_hook if pre else model.register_forward_hook)(lambda *given: None)
-    return model
-
-
-TRACED: dict[str, Callable[[], nn.Sequential]] = {
-    "dropout": lambda: chain_of(nn.Dropout(), nn.ReLU()),
-    "running statistics": lambda: chain_of(nn.BatchNorm1d(5), nn.ReLU()),
-    "a hook on a layer": lambda: hooked(pre=True),
-    "a hook on the model": lambda: hooked(pre=False),
-    "a layer of another class": lambda: chain_of(type("Own", (nn.ReLU,), {})()),
-    "a keyword": lambda: chain_of(nn.ReLU()),
-    "packed for the backward pass": lambda: chain_of(nn.ReLU()),
-    "a hook on all modules": lambda: chain_of(nn.ReLU()),
-    "a rule with sums of its own": lambda: chain_of(nn.ReLU()),
-}
-
-
-@pytest.mark.parametrize("case", TRACED)
-def test_a_forward_pass_that_may_leave_a_trace_is_run_once_and_watched(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = TRACED[case]()
-    x, labels = torch.randn(7, 6, dtype=torch.float64), torch.randint(4, (7,))
-    forwards, of_all = Forwards(monkeypatch), nullcontext()
-    if case == "packed for the backward pass":
-        of_all = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    elif case == "a hook on all modules":
-        of_all = removed(nn.modules.module.register_module_forward_hook(lambda *given: None))
-    rule = Gamma() if case == "a rule with sums of its own" else Epsilon()
-    with of_all, athena.Guidance(model, 0.7, rule, "all"):
-        F.cross_entropy(model(input=x) if case == "a keyword" else model(x), labels).backward()
-    assert (forwards.begun, forwards.watched) == (1, 1)
-
-
-@contextmanager
-def removed(handle: Any) -> Iterator[None]:
-    """Removes a hook at the end."""
-    yield
-    handle.remove()
 
 
 @pytest.mark.parametrize("scope", ["convolutional", ["2"]], ids=str)

@@ -116,16 +116,22 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
 def test_an_activation_passes_relevance_on_unchanged(name: str) -> None:
     x = images(3, 7)
     relevance, (down,) = shared(ACTIVATIONS[name], x)
-    close(down, relevance)
+    z, at_zero = ACTIVATIONS[name](x), ACTIVATIONS[name](torch.zeros_like(x))
+    close(down, torch.where(z == 0, 0, relevance * (z - at_zero) / z))
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "softplus", "hard sigmoid", "clamp above 0"])
-def test_what_an_activation_is_at_zero_keeps_relevance_like_a_bias(name: str) -> None:
+def test_what_an_activation_is_at_zero_is_a_constant_summand_that_keeps_its_share(name: str) -> None:
+    """As of any sum; f(z) / z has no bound at z = 0, and gates of networks explode by it."""
+    f = ACTIVATIONS[name]
     x = images(2, 4)
     x[0, 1] = 0
-    relevance, (down,) = shared(ACTIVATIONS[name], x)
+    relevance, (down,) = shared(f, x)
     assert down[0, 1] == 0
-    close(down, torch.where(x == 0, 0, relevance))
+    at_zero = f(x.new_zeros(()))
+    close(down, (f(x) - at_zero) / f(x) * relevance)
+    near = torch.full_like(x, 1e-9)
+    assert athena.lrp(Between(f), near, target=lambda out: out, rule=Zero()).input.abs().max() < 1e-8
 
 
 @every_rule
@@ -373,8 +379,17 @@ def test_what_is_brought_to_unit_length_keeps_its_relevance() -> None:
 
 @pytest.mark.parametrize("dim", [-1, 1])
 def test_a_gated_unit_gives_half_to_what_passes_and_half_to_the_gate(dim: int) -> None:
-    relevance, (down,) = shared(functools.partial(F.glu, dim=dim), images(3, 4, 6))
-    close(down, torch.cat([relevance / 2, relevance / 2], dim))
+    x = images(3, 4, 6)
+    relevance, (down,) = shared(functools.partial(F.glu, dim=dim), x)
+    opened = x.chunk(2, dim)[1].sigmoid()  # of which sigmoid(0) keeps its share
+    close(down, torch.cat([relevance / 2, relevance / 2 * (opened - 0.5) / opened], dim))
+
+    def written_out(x: Tensor) -> Tensor:
+        passing, gate = x.chunk(2, dim)
+        return passing * gate.sigmoid()
+
+    _, (same,) = shared(written_out, x, start=relevance)
+    close(same, down)
 
 
 # Norms

@@ -1,0 +1,108 @@
+"""The account of a relevance pass: what each layer held, and what each operation kept of it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from athena.propagation.layer import nonzero, total
+from athena.propagation.notes import tensors_in
+from athena.propagation.trace import Trace
+
+if TYPE_CHECKING:
+    from athena.propagation.affine import Layer
+    from athena.propagation.walk import Walk
+
+__all__ = ["Account", "Row"]
+
+
+class Row(NamedTuple):
+    """What one operation held, and kept.
+
+    Attributes:
+        path: of the layer, or of the operation within the module that called it.
+        relevance: of its output, summed over the batch.
+        bias: what constants kept of it.
+        stabiliser: what the stabiliser kept of it.
+    """
+
+    path: str
+    relevance: float
+    bias: float
+    stabiliser: float
+
+
+class Account:
+    """What is booked while relevance comes down.
+
+    Args:
+        trace: of the forward pass.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.lost: Row | None = None
+        self._rows: list[tuple[int, int, Row]] = []
+        self._layers: list[tuple[int, int, str, Tensor]] = []
+
+    def start(self, relevance: Any, starts: Sequence[tuple[Tensor, Tensor]], zeros: bool) -> None:
+        """Books what is lost because it is to start at outputs of 0, unless these may have relevance."""
+        if not zeros and any(bool((out == 0).any()) for out, _ in starts):
+            whole = sum(total(part) for part in tensors_in(relevance))
+            lost = whole - sum(total(out * d) for out, d in starts)
+            self.lost = Row("output", whole, lost, 0.0) if lost else None
+
+    def of_layer(self, layer: "Layer", relevance: Tensor, bias: float, stabiliser: float) -> None:
+        """Books an affine layer."""
+        when, _ = self.trace.place_of(layer.node)
+        path = layer.path or self.trace.name_of(layer.node)
+        self._layers.append((when, -len(self._rows), path, relevance))
+        self._rows.append((when, -len(self._rows), Row(path, total(relevance), bias, stabiliser)))
+
+    def add(self, node: Any, relevance: float, bias: float, is_module: bool = False) -> None:
+        """Books another operation, of which constants keep `bias`; one that is a module has that module's path."""
+        when, path = self.trace.place_of(node)
+        name = path if is_module and path else self.trace.name_of(node)
+        self._rows.append((when, -len(self._rows), Row(name, relevance, bias, 0.0)))
+
+    def measure(
+        self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]
+    ) -> None:
+        """Books what came to an operation and did not go on to its operands, if it has constant ones."""
+        ways = node.next_functions
+        call = self.trace.call_of(node)
+        every = len(ways) > 1 and all(below in walk.bears for below, _ in ways)  # numbers have no way of their own
+        if node in walk.merged or call is None or call.out is None or (every and not walk.zeros):
+            return
+        z = nonzero(call.out) if walk.zeros else call.out
+        came = sum(total(z * d) for d in given if d is not None)
+        went = 0.0
+        for way, down in zip(ways, downs, strict=False):
+            if down is not None and way[0] in walk.bears and way in call.operands:
+                x = call.operands[way]
+                went += total((nonzero(x) if walk.zeros else x) * down)
+        if abs(came - went) > 1e-12 * abs(came):
+            self.add(node, came, came - went)
+
+    @property
+    def layers(self) -> dict[str, Tensor]:
+        """The relevance of each affine layer's output in forward order; a second use of a weight is ``path#2``."""
+        return dict(zip(*self._named(self._layers), strict=True))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows from the output down."""
+        paths, rows = self._named([(when, turn, row.path, row) for when, turn, row in self._rows])
+        table = [row._replace(path=path) for path, row in zip(paths, rows, strict=True)][::-1]
+        return table if self.lost is None else [self.lost, *table]
+
+    @staticmethod
+    def _named(entries: Sequence[tuple[int, int, str, Any]]) -> tuple[list[str], list[Any]]:
+        uses: Counter[str] = Counter()
+        paths, values = [], []
+        for _, _, path, value in sorted(entries, key=lambda entry: entry[:2]):
+            uses[path] += 1
+            paths.append(path if uses[path] == 1 else f"{path}#{uses[path]}")
+            values.append(value)
+        return paths, values

@@ -1,0 +1,423 @@
+"""The LRP layers with weights: at ``z = W a + b`` relevance takes the way of the layer's rule (thesis 3.6.2 and 3.6.4).
+
+    LRP-0          s = d                                 d of a:  W^T s
+    LRP-epsilon    s = d z / (z + epsilon sign z)                 W^T s
+    rules with sums of their own (`athena.rules.Sums`)            sum over their terms, over a
+
+A product of matrices of which one does not depend on the input is such a layer, however it is written.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, nonzero, total
+from athena.propagation.notes import Note
+from athena.rules import Rule, Zero
+
+if TYPE_CHECKING:
+    from athena.propagation.walk import Walk
+
+__all__ = ["AffineLRP", "ConvolutionalLRP", "Layer", "LinearLRP"]
+
+
+class Layer:
+    """An affine layer ``z = W a + b`` where it was used in the forward pass.
+
+    Attributes:
+        node: the graph node of its output.
+        kind: the LRP layer.
+        path: the module path that its weight belongs to; empty where that is no parameter.
+        place: which operand of the node the input ``a`` is, by ``node.next_functions``.
+        note: what was noted of the call, or None.
+        wanted: the LRP factor in training, or True where its relevance is asked for; else 0.
+        rule: its rule.
+        z: its output, where that is known already.
+        rectified: the output of the ReLU above, where that alone reads ``z``; stands in for ``z``.
+        scale, shift: those of a batch norm that is merged into it, ``z -> scale z + shift`` for each channel, or None.
+        bias: another constant that is added to its output.
+        passes, finished: whether a batch norm above it has done its work already, but for the gradient, or all of it.
+    """
+
+    bias: Tensor | None = None
+    z: Tensor | None = None
+    rectified: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    passes = finished = False
+    _a: Tensor | None = None
+    _w: Tensor | None = None
+
+    def __init__(
+        self, node: Any, kind: "type[AffineLRP]", path: str, place: int, note: Note | None, wanted: float, rule: Rule
+    ) -> None:
+        self.node, self.kind, self.path, self.place, self.note = node, kind, path, place, note
+        self.wanted, self.rule = wanted, rule
+
+    @property
+    def a(self) -> Tensor:
+        """The input, in the shape that the node multiplies.
+
+        Raises:
+            UnsupportedLayer: it was not kept.
+        """
+        if self._a is None:
+            saved = self.kind.operand(self.node, self.place)
+            if saved is None and self.note is not None and self.note.a is not None:
+                saved = self.kind.folded(self.note.a)
+            if saved is None:
+                raise UnsupportedLayer(
+                    f"the input of {self.path!r}, whose weight is frozen, was not kept; let the weight ask for gradients"
+                )
+            self._a = saved.detach()
+        return self._a
+
+    @property
+    def w(self) -> Tensor:
+        """The weight, as the node multiplies with it."""
+        if self._w is None:
+            self._w = self.kind.operand(self.node, 1 - self.place).detach()
+        return self._w
+
+    def find_weight(self, walk: "Walk") -> None:
+        """Looks for a weight that the node has not saved, as no gradient goes below it."""
+        if self._w is None and (saved := self.kind.operand(self.node, 1 - self.place)) is None:
+            if self.note is not None and self.note.weight is not None:
+                saved = self.kind.turned(self.note.weight)
+            else:
+                saved = walk.constant(self.node.next_functions[self.kind.first + 1 - self.place], self.a)
+            assert saved is not None
+            self._w = saved.detach()
+
+    def constant(self, walk: "Walk") -> Tensor | None:
+        """The bias, in a shape that adds to ``z``, with what was merged into the layer."""
+        bias, edge = self.bias, self.kind.bias_edge(self.node)
+        if bias is None and (edge is None or edge[0] not in walk.bears):
+            bias = self.note.bias if self.note is not None else walk.constant(edge, self.w)
+        constant = None if bias is None else self.kind.channels(self, bias.detach())
+        if self.scale is None or self.shift is None:
+            return constant
+        shift = self.kind.channels(self, self.shift)
+        return shift if constant is None else constant * self.kind.channels(self, self.scale) + shift
+
+
+class AffineLRP(LRPLayer):
+    """Layers ``z = W a + b``."""
+
+    first: ClassVar[int] = 0
+    """The place of the first factor among the operands of the node; the second comes next."""
+
+    @classmethod
+    def operand(cls, node: Any, place: int) -> Any:
+        """What the node has saved of its factor 0 or 1, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def folded(cls, a: Tensor) -> Tensor:
+        """An input as the node multiplies it."""
+        return a
+
+    @classmethod
+    def turned(cls, weight: Tensor) -> Tensor:
+        """A weight as the node multiplies with it."""
+        return weight
+
+    @classmethod
+    def bias_edge(cls, node: Any) -> Any:
+        """Where the bias comes from in the graph, or None."""
+        raise NotImplementedError
+
+    @classmethod
+    def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
+        """``W a``."""
+        raise NotImplementedError
+
+    @classmethod
+    def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
+        """``W^T s``."""
+        raise NotImplementedError
+
+    @classmethod
+    def without_padding(cls, layer: Layer, x: Tensor) -> Tensor:
+        """`x` with zeros where the layer itself has put zeros around its input."""
+        below = layer.node.next_functions[0][0]
+        if below.name() != "ConstantPadNdBackward0":
+            return x
+        pad = list(below._saved_pad)
+        return F.pad(F.pad(x, [-size for size in pad]), pad)
+
+    @classmethod
+    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
+        """The weight of the layer whose output channels are multiplied by `scale`."""
+        raise NotImplementedError
+
+    @classmethod
+    def channels(cls, layer: Layer, of_channels: Tensor) -> Tensor:
+        """One number for each output channel (or more, where they are added as they are), to add to the output."""
+        return of_channels
+
+    @classmethod
+    def output(cls, walk: "Walk", layer: Layer) -> Tensor:
+        """``z``, from the nearest place where it is known; computed once more where it is not."""
+        if layer.rectified is not None:
+            return layer.rectified
+        z = layer.z if layer.z is not None else walk.values.pop(layer.node, None)
+        if z is None and layer.note is not None and layer.bias is None:
+            z = layer.note.output()
+        walk.missed_notes |= z is None or layer.note is not None and z is layer.note.z
+        if z is None:
+            layer.find_weight(walk)
+            z, constant = cls.apply(layer, layer.a, layer.w), layer.constant(walk)
+            z = z if constant is None else z.add_(constant)
+        return z
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """``d`` by the layer's rule; a product of two factors that both depend on the input shares equally."""
+        (d,) = given
+        assert d is not None
+        layer = walk.layers.pop(node, None)
+        if layer is None:
+            return cls.shared(walk, node, d)
+        downs: list[Tensor | None] = [None] * len(node.next_functions)
+        place = cls.first + layer.place
+        goes_on = node.next_functions[place][0] in walk.bears
+        s = (d,) if layer.finished else d if layer.passes else cls.at(walk, layer, d, goes_on)
+        if goes_on:
+            downs[place] = s[0] if isinstance(s, tuple) else cls.pull(layer, s, layer.w)
+        return downs
+
+    @classmethod
+    def shared(cls, walk: "Walk", node: Any, d: Tensor) -> Sequence[Tensor | None]:
+        """AttnLRP's uniform rule for a product of two factors, proposition 3.3 of Achtibat et al. 2024."""
+        first = node.next_functions[cls.first][0] in walk.bears
+        second = node.next_functions[cls.first + 1][0] in walk.bears
+        downs = list(node(d))
+        if first and second:
+            for place in (cls.first, cls.first + 1):
+                downs[place] = downs[place] * 0.5
+        return downs
+
+    @classmethod
+    def at(cls, walk: "Walk", layer: Layer, d: Tensor, goes_on: bool = True) -> Any:
+        """``s`` in the place of ``d``, or the ``d`` of ``a`` itself, in a tuple, where the rule asks for sums.
+
+        Where relevance does not go on, it is only read.
+        """
+        rule = layer.rule
+        explains = walk.account is not None
+        if not (layer.wanted or rule.stabiliser or rule.asks_for_sums or explains):
+            return d
+        z = cls.output(walk, layer).reshape(d.shape)
+        rectified = layer.rectified is not None
+        relevance = (nonzero(z) if walk.zeros else z) * d if layer.wanted or rule.asks_for_sums or explains else None
+        if layer.wanted:
+            walk.take(layer, relevance)
+        if not goes_on:
+            return d
+        if rule.asks_for_sums:
+            return cls.by_sums(walk, layer, z, relevance, d)
+        if rule.stabiliser == 0:
+            s = d
+        elif relevance is not None and not walk.zeros:
+            size = z + rule.stabiliser if rectified else z + torch.full_like(z, rule.stabiliser).copysign_(z)
+            s = torch.div(relevance, size, out=size)
+        else:
+            size = z if rectified else z.abs()
+            size = nonzero(size) if walk.zeros else size
+            s = (d * size).div_(size + rule.stabiliser)
+        if walk.account is not None:
+            assert relevance is not None
+            constant, whole = layer.constant(walk), total(relevance)
+            of_bias = 0.0 if constant is None else total(constant.double() * s)
+            walk.account.of_layer(layer, relevance, of_bias, whole - total(z.double() * s))
+        return s
+
+    @classmethod
+    def by_sums(cls, walk: "Walk", layer: Layer, z: Tensor, relevance: Any, d: Tensor) -> tuple[Tensor]:
+        """The ``d`` of ``a`` by a rule with contributions of its own."""
+        rule, a, w, constant = layer.rule, layer.a, layer.w, layer.constant(walk)
+        if layer.scale is not None:
+            w = cls.scaled(layer, w, layer.scale)
+        sums = rule.sums(a, w, constant)
+        assert sums is not None
+        inputs = sums.inputs
+        if rule.absolute and layer.note is not None and layer.note.pads:
+            inputs = [cls.without_padding(layer, x) for x in inputs]
+        totals = []
+        for row, bias in zip(sums.weights, sums.biases, strict=True):
+            terms = [cls.apply(layer, x, of_x) for x, of_x in zip(inputs, row, strict=True)]
+            whole = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+            totals.append(whole if bias is None else whole.add_(bias))
+        kept = layer.wanted or walk.account is not None
+        own, others = rule.share(relevance.clone() if kept else relevance, z, totals)
+        if walk.account is not None:
+            of_bias = 0.0 if own is None or constant is None else total(constant.double() * own)
+            passed = 0.0 if own is None else total(z.double() * own)
+            for s, whole, bias in zip(others, totals, sums.biases, strict=True):
+                of_bias += 0.0 if bias is None else total(bias.double() * s)
+                passed += total(whole.double() * s)
+            walk.account.of_layer(layer, relevance, of_bias, total(relevance) - passed)
+        parts = []
+        for place in range(len(inputs)):
+            pulled = [cls.pull(layer, s, row[place]) for s, row in zip(others, sums.weights, strict=True)]
+            parts.append(pulled[0] if len(pulled) == 1 else pulled[0].add_(pulled[1]))
+        if len(parts) == 1 and inputs[0] is a:
+            down = parts[0]
+        else:  # relevance over what bears it
+            shares = [x * part for x, part in zip(inputs, parts, strict=True)]
+            share = shares[0] if len(shares) == 1 else shares[0].add_(shares[1])
+            down = share.div_(nonzero(a)) if rule.absolute else share.div_(a).masked_fill_(a == 0, 0)
+        return (down if own is None else down.add_(cls.pull(layer, own, w)),)
+
+
+class LinearLRP(AffineLRP):
+    """Fully connected layers (thesis 3.6.4), and other products of matrices."""
+
+    kinds = ("Mm", "Bmm", "Mv")
+    names: ClassVar[tuple[str, str]] = ("_saved_self", "_saved_mat2")
+
+    @classmethod
+    def operand(cls, node: Any, place: int) -> Any:
+        """See `AffineLRP.operand`."""
+        name = cls.names[place]
+        return getattr(node, "_saved_vec" if name == "_saved_mat2" and node.name() == "MvBackward0" else name)
+
+    @classmethod
+    def folded(cls, a: Tensor) -> Tensor:
+        """With one dimension for all but the features."""
+        return a.reshape(-1, a.shape[-1])
+
+    @classmethod
+    def turned(cls, weight: Tensor) -> Tensor:
+        """See `AffineLRP.turned`."""
+        return weight.T
+
+    @classmethod
+    def bias_edge(cls, node: Any) -> Any:
+        """A product has none."""
+        return None
+
+    @classmethod
+    def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
+        """``a W``, or ``W a`` where the weight comes first."""
+        return a @ w if layer.place == 0 else w @ a
+
+    @classmethod
+    def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
+        """The other way."""
+        if layer.place == 1:
+            return w.mT @ s
+        return s @ w.mT if w.dim() > 1 else s.unsqueeze(-1) * w
+
+    @classmethod
+    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
+        """See `AffineLRP.scaled`."""
+        return w * scale
+
+
+class LinearWithBiasLRP(LinearLRP):
+    """Products of matrices to which something is added, a bias as a rule."""
+
+    kinds = ("Addmm", "Baddbmm")
+    first = 1
+    names = ("_saved_mat1", "_saved_mat2")
+
+    @classmethod
+    def operand(cls, node: Any, place: int) -> Any:
+        """See `AffineLRP.operand`."""
+        if node.name() == "BaddbmmBackward0":
+            return (node._saved_batch1, node._saved_batch2)[place]
+        return node._saved_mat1 if place == 0 else node._saved_mat2
+
+    @classmethod
+    def bias_edge(cls, node: Any) -> Any:
+        """The first operand."""
+        return node.next_functions[0]
+
+    @classmethod
+    def channels(cls, layer: Layer, of_channels: Tensor) -> Tensor:
+        """See `AffineLRP.channels`."""
+        beta = layer.node._saved_beta
+        return of_channels if beta == 1 else of_channels * beta
+
+    @classmethod
+    def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
+        """See `AffineLRP.apply`."""
+        z, alpha = super().apply(layer, a, w), layer.node._saved_alpha
+        return z if alpha == 1 else z * alpha
+
+    @classmethod
+    def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
+        """See `AffineLRP.pull`."""
+        alpha = layer.node._saved_alpha
+        return super().pull(layer, s if alpha == 1 else s * alpha, w)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """What is added and depends on the input gets its share of the sum."""
+        added = node.next_functions[0][0] in walk.bears
+        (d,) = given
+        downs = list(super().down(walk, node, given))
+        if added:
+            downs[0] = downs[0] if downs[0] is not None else d * node._saved_beta  # type: ignore[operator]
+        return downs
+
+
+class ConvolutionalLRP(AffineLRP):
+    """Convolutions in one to three dimensions (thesis 3.6.4), also transposed; any stride, padding, groups."""
+
+    kinds = ("Convolution", "ConvolutionOverrideable", "MkldnnConvolution", "CudnnConvolution", "MiopenConvolution")
+
+    @classmethod
+    def operand(cls, node: Any, place: int) -> Any:
+        """See `AffineLRP.operand`."""
+        return node._saved_input if place == 0 else node._saved_weight
+
+    @classmethod
+    def bias_edge(cls, node: Any) -> Any:
+        """The third operand."""
+        return node.next_functions[2]
+
+    @classmethod
+    def channels(cls, layer: Layer, of_channels: Tensor) -> Tensor:
+        """See `AffineLRP.channels`."""
+        return of_channels.view(-1, *[1] * (layer.w.dim() - 2))
+
+    @classmethod
+    def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
+        """The same convolution, without its bias."""
+        n = layer.node
+        return torch.ops.aten.convolution(
+            *(a, w, None, n._saved_stride, n._saved_padding, n._saved_dilation),
+            *(n._saved_transposed, n._saved_output_padding, n._saved_groups),
+        )
+
+    @classmethod
+    def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
+        """Its gradient with respect to the input."""
+        n = layer.node
+        a = layer._a if layer._a is not None else cls.operand(n, 0)
+        if a is None:
+            a = layer.a
+        return torch.ops.aten.convolution_backward(
+            *(s, a, w, None, n._saved_stride, n._saved_padding, n._saved_dilation),
+            *(n._saved_transposed, n._saved_output_padding, n._saved_groups, (True, False, False)),
+        )[0]
+
+    @classmethod
+    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
+        """See `AffineLRP.scaled`."""
+        if not layer.node._saved_transposed:
+            return w * scale.view(-1, *[1] * (w.dim() - 1))
+        groups = layer.node._saved_groups  # a transposed weight is (inputs, outputs of a group, ...)
+        parts = w.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *[1] * (w.dim() - 2))
+        return parts.flatten(0, 1)
+
+
+def merged(layer: Layer) -> bool:
+    """Whether a batch norm right above makes one layer with `layer`, by whose rule that makes a difference."""
+    return not isinstance(layer.rule, Zero) and layer.bias is None

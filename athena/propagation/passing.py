@@ -1,0 +1,131 @@
+"""The LRP layers of what relevance passes as the gradient does: each operand gets its share of a sum, or what was its own."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from athena.propagation.layer import LRPLayer, UnsupportedLayer
+
+if TYPE_CHECKING:
+    from athena.propagation.walk import Walk
+
+
+def _each(*names: str) -> tuple[str, ...]:
+    return tuple(name for group in names for name in group.split())
+
+
+class FlattenLRP(LRPLayer):
+    """Flatten and its kin: the same elements in another shape, each of them once."""
+
+    is_view = True
+    kinds = _each("View UnsafeView ReshapeAlias Squeeze Unsqueeze Transpose T Permute Clone ToCopy Alias Contiguous")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient; where the output is known, so is the input."""
+        (below, _) = node.next_functions[0]
+        value = walk.values.pop(node, None)
+        if value is not None and walk.reads_value(below):
+            walk.values[below] = node(value)  # the way back of a new shape is the old one
+        return super().down(walk, node, given)
+
+
+class SelectionLRP(LRPLayer):
+    """What picks from its operand, repeats it or moves it to other places."""
+
+    has_many_outputs = True
+    kinds = _each(
+        "Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Take MaskedSelect Narrow Diagonal Expand",
+        "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle ChannelShuffle AsStrided",
+    )
+
+
+class AveragePoolingLRP(LRPLayer):
+    """Average pooling, means, up-sampling and the like: linear layers with fixed weights and no bias."""
+
+    kinds = _each(
+        "AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D Mean Neg ReflectionPad1D ReflectionPad2D",
+        "ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleNearest1D UpsampleNearest2D",
+        "UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleLinear1D",
+        "UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D UpsampleBicubic2DAa UpsampleTrilinear3D NativeDropout",
+        "MkldnnAdaptiveAvgPool2D",
+    )
+
+
+class MaxPoolingLRP(LRPLayer):
+    """Max pooling and other maxima: the winner takes all (thesis 3.6.4)."""
+
+    broadcasts = True
+    constants_keep = True
+    kinds = _each(
+        "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin Max Min Maximum Minimum",
+        "MaxPool2D MaxPool3D",
+    )
+
+
+class AdditionLRP(LRPLayer):
+    """Addition, as in a residual connection: each summand gets its share. A constant summand keeps it, like a bias."""
+
+    is_elementwise = True
+    broadcasts = True
+    constants_keep = True
+    kinds = ("Add", "Sub", "Rsub")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient; a sum of zeros shares what a rule has given to it equally."""
+        if walk.zeros:
+            z, operands = walk.output(node), sum(below in walk.bears for below, _ in node.next_functions)
+            if z is not None and operands > 1:
+                given = [torch.where(z == 0, given[0] / operands, given[0])]  # type: ignore[list-item, operator]
+        return super().down(walk, node, given)
+
+
+class SumLRP(LRPLayer):
+    """A sum over dimensions: each element gets its share."""
+
+    kinds = ("Sum",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient; a sum of zeros shares what a rule has given to it equally."""
+        (d,) = given
+        if walk.zeros and d is not None:
+            z, elements = walk.output(node), torch.Size(node._saved_self_sym_sizes).numel()
+            if z is not None:
+                given = [torch.where(z == 0, d * (d.numel() / max(elements, 1)), d)]
+        return super().down(walk, node, given)
+
+
+class ConcatenationLRP(LRPLayer):
+    """Concatenation, stacking, selection by a mask, padding: each gets back its own. What is constant keeps it."""
+
+    broadcasts = True
+    constants_keep = True
+    kinds = ("Cat", "Stack", "Where", "MaskedFill", "ConstantPadNd")
+
+
+class CopyLRP(LRPLayer):
+    """A copy: all goes to what was copied."""
+
+    kinds = ("CopyBackwards",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Nothing to what was written over."""
+        return (None, *super().down(walk, node, given)[1:])
+
+
+class CopyIntoPartLRP(LRPLayer):
+    """A copy into a part of a tensor: what is written over there gets nothing."""
+
+    kinds = ("CopySlices",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient, where the node is known to copy and to do nothing else."""
+        if node not in walk.notes.copies:
+            raise UnsupportedLayer("a change of a part of a tensor in place")
+        return super().down(walk, node, given)

@@ -1,0 +1,192 @@
+"""The LRP layers of products and quotients of what depends on the input, and of softmax and attention.
+
+A product of n factors passes 1 / n of the gradient to each (AttnLRP's uniform rule, proposition 3.3 of Achtibat et al.
+2024); a constant factor gets nothing, and neither does a divisor. What is a product only by its spelling, as
+``x * sigmoid(x)``, is the activation that it is.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, total
+
+if TYPE_CHECKING:
+    from athena.propagation.walk import Walk
+
+
+class ProductLRP(LRPLayer):
+    """Products of elements."""
+
+    is_elementwise = True
+    broadcasts = True
+    divides = True
+    kinds = ("Mul",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient to a single factor, half of it to each of two."""
+        downs = list(node(*given))
+        (left, _), (right, _) = node.next_functions
+        if left in walk.bears and right in walk.bears:
+            if is_linear_in_all_of(walk, node.next_functions[0], node.next_functions[1]):
+                downs[1] = None
+            elif is_linear_in_all_of(walk, node.next_functions[1], node.next_functions[0]):
+                downs[0] = None
+            else:
+                downs = [None if down is None else down * 0.5 for down in downs]
+        if walk.account is not None and walk.zeros:  # no factor can bear what was sent to a product of 0
+            walk.account.measure(walk, node, given, downs)
+        return downs
+
+
+def is_linear_in_all_of(walk: "Walk", edge: Any, other: Any) -> bool:
+    """Whether the operand at `edge` is some ``x`` times constants, and that at `other` is a function of ``x`` element by
+    element. Their product is then an activation of ``x`` that is 0 at 0: ``d f(x) / x`` is `other` times the constants.
+    """
+    multiples = {edge}
+    node, _ = edge
+    while node is not None:
+        kind = layer_of_kind(node.name())
+        ways = [way for way in node.next_functions if way[0] in walk.bears]
+        if kind is None or len(ways) != 1 or node.name() not in SCALING:
+            break
+        multiples.add(ways[0])
+        node, _ = ways[0]
+    found, ahead, looked = set[Any](), [other], 0
+    while ahead:
+        edge, looked = ahead.pop(), looked + 1
+        node, _ = edge
+        if edge in multiples:
+            found.add(edge)
+            continue
+        kind = layer_of_kind(node.name())
+        if looked > 30 or kind is None or not kind.is_elementwise:
+            return False
+        ahead.extend(way for way in node.next_functions if way[0] in walk.bears)
+    return len(found) == 1
+
+
+SCALING = ("MulBackward0", "DivBackward0", "NegBackward0")
+
+
+class DivisionLRP(LRPLayer):
+    """Division: the dividend gets it all, as if the divisor were a constant."""
+
+    is_elementwise = True
+    broadcasts = True
+    divides = True
+    kinds = ("Div",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient to the dividend."""
+        return (super().down(walk, node, given)[0], *(None for _ in node.next_functions[1:]))
+
+
+class ReciprocalLRP(LRPLayer):
+    """Reciprocals, also of roots: what multiplies by one divides, and a divisor gets nothing."""
+
+    kinds = ("Reciprocal", "Rsqrt")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Nothing may come here."""
+        walk.refuse(node)
+
+
+def makes_a_divisor(node: Any, bears: Any) -> bool:
+    """Whether the operation divides by what depends on the input, with nothing else that does."""
+    kind = node.name()
+    if kind in ("ReciprocalBackward0", "RsqrtBackward0"):
+        return True
+    if kind == "PowBackward0":
+        return bool(node._saved_exponent < 0)
+    return kind == "DivBackward0" and node.next_functions[0][0] not in bears
+
+
+class LengthLRP(LRPLayer):
+    """A norm over dimensions, to divide by; as a summand its relevance is refused."""
+
+    kinds = ("LinalgVectorNorm", "Norm")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """A length is homogeneous of degree one: gradient times input is the length itself."""
+        return super().down(walk, node, given)
+
+
+class GatedLRP(LRPLayer):
+    """The gated linear unit: one half of the channels times the sigmoid of the other, a product of two factors."""
+
+    kinds = ("Glu",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Half to what passes, and half to the gate, of which ``sigmoid(0)`` keeps its share."""
+        (d,), both = given, node._saved_self
+        assert d is not None
+        dim = dimension(node._saved_dim, both)
+        x, gate = both.chunk(2, dim)
+        half, open_ = d * 0.5, gate.sigmoid()
+        of_gate = (half * x * (open_ - 0.5)).div_(gate).masked_fill_(gate == 0, 0)
+        if walk.account is not None:
+            walk.account.add(node, total(d * x * open_), total(half * x * torch.where(gate == 0, open_, 0.5)))
+        return (torch.cat([half * open_, of_gate], dim),)
+
+
+class SoftmaxLRP(LRPLayer):
+    """Softmax: gradient times input, the first order of its Taylor series (AttnLRP); the rest is booked as a bias."""
+
+    kinds = ("Softmax", "LogSoftmax")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient."""
+        if walk.account is None:
+            return super().down(walk, node, given)
+        (d,), z, log = given, node._saved_result, node.name().startswith("Log")
+        assert d is not None
+        dim = dimension(node._saved_dim, z)
+        down = d - z.exp() * d.sum(dim, keepdim=True) if log else z * (d - (z * d).sum(dim, keepdim=True))
+        # the input but for a constant, which takes no part as `down` sums to 0
+        x = z if log else z.log()
+        below = node.next_functions[0][0]
+        walk.scores[below] = x
+        walk.account.add(node, total(z * d), total(z * d) - total(x * down))
+        return (down,)
+
+
+class AttentionLRP(LRPLayer):
+    """Attention by scaled dot products: the rules of its two products and of softmax, in PyTorch's fused operation.
+
+    The values get half of the relevance and the weights the other half, which the scores pass on to queries and keys,
+    a quarter each. All the ways between are gradients, so parts of the operands' gradients are all there is to it.
+    """
+
+    has_many_outputs = True
+    kinds = (
+        *("ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention"),
+        *("ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable"),
+    )
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients, each times its share."""
+        query, key, value = (way[0] in walk.bears for way in node.next_functions[:3])
+        if walk.account is not None:
+            operands = node._saved_query, node._saved_key, node._saved_value
+            z = node._saved_output
+        scored, ways = query + key, int(query or key) + int(value)
+        shares = [bears / ways / scored if scored else 0.0 for bears in (query, key)] + [value / ways]
+        downs: list[Tensor | None] = [
+            down * share if share and down is not None else None
+            for down, share in zip(node(*given), shares, strict=False)
+        ]
+        if walk.account is not None:
+            inflow = total(z * given[0])  # type: ignore[operator]
+            outflow = sum(total(x * down) for x, down in zip(operands, downs, strict=False) if down is not None)
+            walk.account.add(node, inflow, inflow - outflow)
+        return [*downs, *[None] * (len(node.next_functions) - len(downs))]

@@ -1,0 +1,163 @@
+"""Where relevance starts: the relevance of a model's output that a target stands for."""
+
+import copy
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from athena.propagation.layer import nonzero
+from athena.propagation.notes import tensors_in
+
+__all__ = ["Target", "described", "mapped", "start", "starts_down"]
+
+Target = None | int | Tensor | str | Callable[[Any], Any]
+
+
+def start(output: Any, target: Any) -> Any:
+    """The relevance of the output neurons that a pass starts from, (batch, classes).
+
+    Args:
+        output: of the model.
+        target: as for `athena.lrp`.
+
+    Raises:
+        TypeError, ValueError: the output or the target is not of the form that `athena.lrp` takes.
+    """
+    if callable(target):
+        relevance = target(mapped(output, Tensor.detach))
+        if relevance is None or not _alike(relevance, output):
+            what = f"the output's shape {tuple(output.shape)}" if isinstance(output, Tensor) else (
+                f"the structure of what the model returned, {described(output)}, with None where nothing is to start"
+            )
+            raise ValueError(f"target(output) gave {described(relevance)}; it must have {what}")
+        if not _pairs(output, relevance):
+            raise ValueError("target(output) gave None for all that the model returned; relevance has nowhere to start")
+        return mapped(relevance, Tensor.detach)
+    output = _logits(output).detach()
+    if isinstance(target, str):
+        if target not in ("softmax", "logits"):
+            raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
+        return output.softmax(1) if target == "softmax" else output
+    chosen = _chosen(target, output)
+    return torch.zeros_like(output).scatter_(1, chosen, output.gather(1, chosen))
+
+
+def starts_down(output: Any, target: Any, zeros: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Each output tensor that `start` gives relevance, with the ``d`` it starts down with: that over the output.
+
+    Args:
+        output, target: as for `start`.
+        zeros: whether outputs of exactly 0 can have relevance; else it is lost there, and ``d`` is 0.
+
+    Raises:
+        TypeError, ValueError: as `start`.
+    """
+    if zeros or callable(target) or isinstance(target, str):
+        return [(part, _over(relevance, part, zeros)) for part, relevance in _pairs(output, start(output, target))]
+    output = _logits(output)
+    return [(output, torch.zeros_like(output).scatter_(1, _chosen(target, output), 1.0).logical_and_(output))]
+
+
+def _over(relevance: Tensor, output: Tensor, zeros: bool) -> Tensor:
+    """``relevance / output``."""
+    if zeros:
+        return relevance / nonzero(output.detach())
+    return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _logits(output: Any) -> Tensor:
+    """The output, checked."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned {described(output)}; LRP starts from one tensor (batch, classes). For several give "
+            "target as a function from the output to its relevance"
+        )
+    if output.dim() != 2:
+        raise ValueError(
+            f"the model's output has shape {tuple(output.shape)}; for anything but (batch, classes) give target as a "
+            "function from the output to its relevance"
+        )
+    return output
+
+
+def _chosen(target: Any, output: Tensor) -> Tensor:
+    """The class to explain for each sample, (batch, 1): the one predicted, or that which the target names."""
+    if target is None:
+        return output.argmax(1, keepdim=True)
+    batch, classes = output.shape
+    given = target
+    if hasattr(target, "__array__") and not isinstance(target, Tensor):  # numpy's numbers and arrays
+        target = torch.as_tensor(target)
+        target = int(target) if target.dim() == 0 and target.dtype == torch.long else target
+    if isinstance(target, int) and not isinstance(target, bool):
+        chosen = torch.full((batch,), target, device=output.device)
+    elif isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.bool:
+        chosen = target.to(output.device, torch.long)
+    else:
+        raise TypeError(
+            f"target is {described(given)}; give None, a class, a LongTensor (batch,), 'softmax', 'logits' or a "
+            "function"
+        )
+    if chosen.shape != (batch,):
+        raise ValueError(f"target has shape {tuple(chosen.shape)}; for this batch it must be ({batch},)")
+    low, high = (int(chosen.min()), int(chosen.max())) if batch else (0, 0)
+    if not 0 <= low <= high < classes:
+        raise ValueError(f"target holds classes {low} to {high}; the model has classes 0 to {classes - 1}")
+    return chosen[:, None]
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with all tensors changed that are in it."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        changed = copy.copy(value)  # with the attributes of a class of its own
+        for name, item in value.items():
+            changed[name] = mapped(item, change)
+        return changed
+    return value
+
+
+def described(value: Any) -> str:
+    """What `value` is, for a message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict) and tensors_in(value):
+        return f"a {type(value).__name__} of {', '.join(f'{name!r}: {described(part)}' for name, part in value.items())}"
+    if isinstance(value, tuple | list) and tensors_in(value):
+        return f"a {type(value).__name__} of {', '.join(map(described, value))}"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
+
+
+def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of an output with their relevance, without those from which nothing starts."""
+    if relevance is None:
+        return []
+    if isinstance(output, Tensor):
+        return [(output, relevance)]
+    names = output if isinstance(output, dict) else range(len(output))
+    return [pair for name in names for pair in _pairs(output[name], relevance[name])]
+
+
+def _alike(relevance: Any, output: Any) -> bool:
+    """Whether `relevance` is of the structure and shapes of `output`, None standing for any part."""
+    if relevance is None:
+        return True
+    if isinstance(output, Tensor):
+        return isinstance(relevance, Tensor) and relevance.shape == output.shape
+    if isinstance(output, dict):
+        return isinstance(relevance, dict) and all(
+            name in relevance and _alike(relevance[name], part) for name, part in output.items()
+        )
+    return (
+        isinstance(output, tuple | list)
+        and isinstance(relevance, tuple | list)
+        and len(relevance) == len(output)
+        and all(_alike(*pair) for pair in zip(relevance, output, strict=True))
+    )

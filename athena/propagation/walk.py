@@ -1,0 +1,428 @@
+"""The walk down the graph of a forward pass, by which relevance is found.
+
+After the model's own forward pass, `Walk` goes through the graph that autograd has recorded, from the output down. At each
+node the LRP layer for its kind (`athena.propagation.layer`) says what ``d`` becomes below it, by calling the node itself
+wherever relevance goes as the gradient does. Nodes are let go of as the walk passes them, and with them what autograd has
+saved there. Not here: what is started with (`athena.propagation.target`), and what is done with relevance (`athena.lrp`,
+`athena.Guidance`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from athena.propagation.account import Account
+from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs
+from athena.propagation.notes import Note, Notes
+from athena.propagation.paths import Paths
+from athena.propagation.products import makes_a_divisor
+from athena.propagation.trace import Trace
+from athena.rules import RuleChoice
+
+__all__ = ["Refusal", "Walk", "within_backward"]
+
+Wanted = Callable[[str, type[AffineLRP]], float]
+
+
+class Refusal(UnsupportedLayer):
+    """Relevance cannot pass a node of the graph.
+
+    Attributes:
+        sentence: which, with the module that made it, where the forward pass was traced.
+    """
+
+    def __init__(self, node: Any, notes: Notes, what: str = "") -> None:
+        if isinstance(notes, Trace):
+            self.sentence = notes.explained(node, what)
+        else:
+            self.sentence = f"the model uses {what or node.name()}, and LRP has no rule to pass relevance through it"
+        super().__init__(self.sentence)
+
+
+class Walk:
+    """One relevance pass.
+
+    Args:
+        notes: of the forward pass.
+        paths: of the model.
+        rules: which rule each affine layer gets.
+        wanted: in training, the factor of an affine layer by its path and LRP layer, 0 where it is not guided. None
+            where it is the input that is explained.
+        take: is called with each layer wanted and its relevance, from the top down.
+        account: where to book what each operation holds and absorbs, or None.
+
+    Attributes:
+        bears: the nodes that relevance may come to: those that depend on the input, or in training on a guided layer.
+        divisors: the nodes that are constant factors by rule, though they depend on it: reciprocals and their kin.
+        layers: by node, the affine layers still to come.
+        uses: how many operations read the output of a node.
+        values: outputs of nodes that have come to light, still to be used.
+        rectified: likewise, outputs of ReLUs that stand in for the outputs of the nodes below them.
+        merged: additions of a bias that are part of the layer below them.
+        missed_notes: whether something had to be computed once more that notes would have told, or they did tell it.
+        has_reentrant_checkpoint: whether a part of the forward pass is hidden in a checkpoint.
+        merges: whether batch norm in eval mode is merged into the layer below it.
+        zeros: whether neurons that are 0 may have relevance.
+        gives_to_zeros: whether a layer that stands on others has a rule by which they do.
+        reaches_zeros: whether any layer has.
+    """
+
+    def __init__(
+        self,
+        notes: Notes,
+        paths: Paths,
+        rules: RuleChoice,
+        wanted: Wanted | None = None,
+        take: Callable[[Layer, Tensor], None] = lambda layer, relevance: None,
+        account: Account | None = None,
+    ) -> None:
+        self.notes, self.paths, self.rules, self.wanted, self.take = notes, paths, rules, wanted, take
+        self.account, self.merges, self.zeros = account, wanted is None, notes.zeros
+        self.gives_to_zeros = self.reaches_zeros = False
+        self.bears: set[Any] = set()
+        self.divisors: set[Any] = set()
+        self.layers: dict[Any, Layer] = {}
+        self.uses: Counter[Any] = Counter()
+        self.merged: set[Any] = set()
+        self.values: dict[Any, Tensor] = {}
+        self.rectified: dict[Any, Tensor] = {}
+        self.scores: dict[Any, Tensor] = {}
+        self.notes_of: dict[Any, Note] = {}
+        self.order: list[Any] = []
+        self._ds: dict[Any, Tensor] = {}
+        self.missed_notes = self.has_reentrant_checkpoint = False
+        self._views: dict[Any, Any] = {}
+        self._lrp_layers: dict[Any, type[LRPLayer] | None] = {}
+        self._affine_below: set[Any] = set()
+
+    # Before relevance comes down
+
+    def explore(self, outputs: Iterable[Tensor], sources: Iterable[Any] = ()) -> None:
+        """Finds the order of the nodes, the affine layers, and who bears relevance.
+
+        Args:
+            outputs: of the model, with their graph.
+            sources: the nodes of the tensors to explain.
+        """
+        calls, uses, lrp_layers = self.notes.calls, self.uses, self._lrp_layers
+        self._sources = set(sources)
+        ahead = [out.grad_fn for out in outputs if out.grad_fn is not None]
+        entered, done = set[Any](), {None}
+        while ahead:  # depth first: in `order` each node comes after all that lie below it
+            node = ahead.pop()
+            if node in done:
+                continue
+            if node in entered:
+                done.add(node)
+                self._place(node)
+                continue
+            entered.add(node)
+            ahead.append(node)
+            name = node.name()
+            kind = lrp_layers[node] = layer_of_kind(name)
+            ways, note = node.next_functions, calls.pop(node, None)
+            if note is not None:
+                if kind is not None and kind.is_view:
+                    calls[ways[0][0]] = note  # as a linear layer on more than two dimensions ends
+                else:
+                    self.notes_of[node] = note
+            if kind is None:
+                self.has_reentrant_checkpoint |= name == "CheckpointFunctionBackward"
+            elif kind.is_view:
+                self._views[ways[0][0]] = node
+            for lower, _ in self._ways(node, kind, ways):
+                if lower is not None:
+                    uses[lower] += 1
+                    if lower not in entered:
+                        ahead.append(lower)
+        if isinstance(self.notes, Trace):
+            self.notes.learn(self.order)
+
+    def _ways(self, node: Any, kind: Any, ways: Any) -> Any:
+        """Where to look for what bears relevance: not at weights and biases that are leaves."""
+        if kind is None or not issubclass(kind, AffineLRP):
+            return ways
+        return [way for way in ways if way[0] in self._sources or (way[0] is not None and not is_leaf(way[0]))]
+
+    def _place(self, node: Any) -> None:
+        """Puts a node in its order once all below it have been."""
+        kind, bears = self._lrp_layers[node], self.bears
+        lower = [below for below, _ in node.next_functions if below in bears]
+        self.order.append(node)
+        if node in self._sources:
+            bears.add(node)
+            return
+        if kind is not None and issubclass(kind, AffineLRP) and self._find_layer(node, kind):
+            bears.add(node)
+            return
+        if lower or any(below in self.divisors for below, _ in node.next_functions):
+            if makes_a_divisor(node, bears) or not lower:
+                self.divisors.add(node)
+            else:
+                bears.add(node)
+                if node.name() == "AddBackward0" and len(lower) == 1:
+                    self._find_bias(node, lower[0])
+                if not self._affine_below.isdisjoint(lower):
+                    self._affine_below.add(node)
+
+    def _find_layer(self, node: Any, kind: type[AffineLRP]) -> bool:
+        """Whether the product bears relevance; it is a layer where one of its factors does not."""
+        ways = node.next_functions[kind.first : kind.first + 2]
+        first, second = (way[0] in self.bears for way in ways)
+        note, path = self.notes_of.get(node), None
+        if first and second:
+            self._affine_below.add(node)
+            return True
+        place = 1 if second else 0
+        if note is not None and note.weight is not None and not second:
+            path = self.paths.of(self.notes.original(note.weight))
+        if path is None:
+            path = self._path_below(ways[1 - place][0])
+        if path is None and not (first or second) and issubclass(kind, LinearLRP):  # ``W^T a^T``
+            place, path = 1, self._path_below(ways[0][0])
+        is_convolution = issubclass(kind, ConvolutionalLRP)
+        public: type[AffineLRP] = ConvolutionalLRP if is_convolution else LinearLRP
+        factor = 0.0 if self.wanted is None or path is None else self.wanted(path, public)
+        added = kind.first == 1 and node.next_functions[0][0] in self.bears
+        if not (first or second or factor):
+            return added
+        if first or second:
+            stands_first = self._affine_below.isdisjoint([ways[place][0]])
+            rule = self.rules.of(path or "", self.paths.modules, is_convolution, lambda: stands_first)
+            self.reaches_zeros |= rule.absolute
+            self.gives_to_zeros |= rule.absolute and not stands_first
+        else:
+            rule = self.rules.of(path or "", self.paths.modules, is_convolution, lambda: True)
+        wanted = factor if self.wanted is not None else float(self.account is not None)
+        self.layers[node] = Layer(node, kind, path or "", place, note, wanted, rule)
+        self._affine_below.add(node)
+        return True
+
+    def _find_bias(self, node: Any, below: Any) -> None:
+        """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
+        (constant,) = (way for way in node.next_functions if way[0] is not below)
+        while (kind := self._lrp_layers.get(below)) is not None and kind.is_view and self.uses[below] == 1:
+            below = below.next_functions[0][0]
+        layer = self.layers.get(below)
+        if layer is None or constant[0] is None or not issubclass(layer.kind, LinearLRP) or self.uses[below] > 1:
+            return
+        if layer.bias is not None or layer.kind.first == 1 or node._saved_alpha != 1:
+            return
+        leaf = constant[0].next_functions[0][0] if constant[0].name() == "SplitBackward0" else constant[0]
+        if getattr(leaf, "variable", None) is None or leaf.variable.dim() != 1:
+            return
+        bias = self.constant(constant, leaf.variable)
+        if bias is not None and len(bias) == below._input_metadata[0].shape[-1]:
+            layer.bias = bias
+            self.merged.add(node)
+
+    def _path_below(self, node: Any) -> str | None:
+        """The path of the layer whose parameters alone a factor depends on."""
+        parameter = getattr(node, "variable", None)
+        if parameter is not None:
+            return self.paths.of(self.notes.original(parameter))
+        if node is not None and node.name() == "TBackward0":
+            parameter = getattr(node.next_functions[0][0], "variable", None)
+            if parameter is not None:
+                return self.paths.of(self.notes.original(parameter))
+        return self.paths.below(node, self.notes.original) if node is not None else None
+
+    def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
+        """The affine layers that make an output: it reaches them without passing another one."""
+        found, seen = set[Any](), {None}
+        ahead: list[Any] = [out.grad_fn for out in outputs]
+        while ahead:
+            node = ahead.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in self.layers:
+                found.add(node)
+            else:
+                ahead.extend(below for below, _ in node.next_functions)
+        return found
+
+    # Relevance comes down
+
+    def run(self, starts: Sequence[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
+        """Sends relevance down, with gradients off.
+
+        Args:
+            starts: outputs of the model, each with its ``d``, in its shape. They are let go of.
+
+        Returns:
+            The ``d`` of each source that relevance came to.
+
+        Raises:
+            Refusal: it came to an operation that it cannot pass.
+        """
+        order, bears, divisors, lrp_layers = self.order, self.bears, self.divisors, self._lrp_layers
+        found: dict[Any, Tensor] = {}
+        ds = self._ds
+        for out, d in starts:
+            if out.grad_fn is not None:
+                self.send((out.grad_fn, out.output_nr), d)
+                if out.output_nr == 0 and self.reads_value(out.grad_fn):
+                    self.values[out.grad_fn] = out.detach()
+        starts.clear()
+        out = d = None  # type: ignore[assignment]
+        lets_go = self.wanted is None
+        while order:
+            node = order.pop()
+            kind, is_source = lrp_layers.pop(node), node in self._sources
+            d = ds.pop((node, 0), None)
+            if node not in bears:
+                if d is not None and node in divisors:
+                    self.refuse(node)
+            elif is_source:
+                if d is not None:
+                    found[node] = d
+            elif kind is None:
+                if d is not None or any((node, number) in ds for number in range(number_of_outputs(node))):
+                    self.refuse(node)
+            else:
+                given = [d]
+                if kind.has_many_outputs:
+                    given += [ds.pop((node, number), None) for number in range(1, number_of_outputs(node))]
+                if d is not None or any(part is not None for part in given):
+                    self._pass(node, kind, given)
+            if lets_go:  # with the last reference to a node goes what it has saved; those above have been passed
+                for held in (self.bears, self.divisors, self._affine_below, self.merged):
+                    held.discard(node)
+                for noted in (self.uses, self._views, self.notes_of, self.layers, self.values, self.rectified):
+                    noted.pop(node, None)
+        return found
+
+    def _pass(self, node: Any, kind: type[LRPLayer], given: list[Tensor | None]) -> None:
+        """Sends on what has come to the outputs of `node`."""
+        ways, bears, divisors = node.next_functions, self.bears, self.divisors
+        if divisors and not kind.divides and any(below in divisors for below, _ in ways):
+            self.refuse(next(below for below, _ in ways if below in divisors))
+        try:
+            downs = kind.down(self, node, given)
+        except Refusal:
+            raise
+        except UnsupportedLayer as error:
+            raise Refusal(node, self.notes, str(error)) from None
+        if self.account is not None and kind.constants_keep:
+            self.account.measure(self, node, given, downs)
+        for way, down in zip(ways, downs, strict=False):
+            if down is not None and way[0] in bears:
+                if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
+                    down = down.sum_to_size(shape)
+                self.send(way, down)
+
+    def send(self, way: Any, d: Tensor) -> None:
+        """Has `d` come to an output of a graph node, given as (node, number)."""
+        ds = self._ds
+        ds[way] = ds[way] + d if way in ds else d
+
+    # What an LRP layer may ask
+
+    def shape_of(self, layer: Layer) -> torch.Size:
+        """The shape of a layer's output as the model sees it, (batch, ...); the node may have folded it."""
+        node = layer.node
+        if issubclass(layer.kind, LinearLRP) and self.uses[node] == 1:
+            node = self._views.get(node, node)
+        return torch.Size(node._input_metadata[0].shape)
+
+    def refuse(self, node: Any) -> NoReturn:
+        """Raises where relevance came to a node that cannot pass it."""
+        below = node
+        while below in self.divisors and not makes_a_divisor(below, self.bears):
+            below = next(way[0] for way in below.next_functions if way[0] in self.divisors)
+        raise Refusal(below, self.notes)
+
+    def reads_value(self, node: Any) -> bool:
+        """Whether the output of `node`, or of one that it only gives another shape, is of use."""
+        if node in self.layers:
+            return True
+        kind = self._lrp_layers.get(node)
+        return kind is not None and kind.is_view and self.uses[node] == 1
+
+    def know(self, node: Any, x: Tensor) -> None:
+        """Takes note that the first operand of `node` is `x`."""
+        below, number = node.next_functions[0]
+        if number == 0 and self.reads_value(below):
+            self.values[below] = x
+
+    def input(self, node: Any) -> Tensor | None:
+        """The input of an activation, if there is a way to tell."""
+        note = self.notes_of.pop(node, None)
+        if note is not None and note.a is not None:
+            self.missed_notes = True
+            return note.a
+        name = node.name()
+        if name in INVERSES:
+            return INVERSES[name](node._saved_result)
+        saved = getattr(node, "_saved_self", None)
+        return saved.detach() if isinstance(saved, Tensor) else None
+
+    def output(self, node: Any) -> Tensor | None:
+        """The output of an operation, as far as it was noted."""
+        saved, note = getattr(node, "_saved_result", None), self.notes_of.get(node)
+        if isinstance(saved, Tensor):
+            return saved
+        return self.notes.outputs_of(node) if note is None else note.output()
+
+    def constant(self, edge: Any, like: Tensor) -> Tensor | None:
+        """The value of a parameter, or of what is made of one by a cast, a split and the like; None where there is none.
+
+        Raises:
+            UnsupportedLayer: it is computed in another way.
+        """
+        if edge is None or edge[0] is None:
+            return None
+        node, number = edge
+        if (leaf := getattr(node, "variable", None)) is not None:
+            return leaf.detach().to(like.dtype)  # type: ignore[no-any-return]
+        below = self.constant(node.next_functions[0], like)
+        name = node.name()
+        if below is not None and name == "ToCopyBackward0":
+            return below
+        if below is not None and name in ("TBackward0", "TransposeBackward0"):
+            return below.mT
+        if below is not None and name == "RepeatBackward0":
+            return below.repeat(node._saved_repeats)
+        if below is not None and name == "SplitBackward0":
+            return below.split(node._saved_split_size, node._saved_dim)[number]
+        raise UnsupportedLayer(f"a bias that is made by {name}, of which LRP cannot tell the value")
+
+
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "SigmoidBackward0": torch.logit,
+    "TanhBackward0": torch.atanh,
+    "SqrtBackward0": torch.square,
+}
+"""By the node of an activation that is remembered by its output: from that to its input."""
+
+
+def is_leaf(node: Any) -> bool:
+    """Whether a graph node is that of a parameter, also of one that is transposed."""
+    if node.name() == "TBackward0":
+        node = node.next_functions[0][0]
+    return hasattr(node, "variable")
+
+
+def within_backward(walk: Walk, starts: Sequence[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
+    """``walk.run(starts)`` within a backward pass of autograd, where what is checkpointed is computed again but once."""
+    found: dict[Any, Tensor] = {}
+
+    class Within(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, nothing: Tensor) -> Tensor:
+            return nothing.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            found.update(walk.run(starts))
+            return gradient
+
+    with torch.enable_grad():
+        nothing = torch.zeros((), requires_grad=True)
+        torch.autograd.grad(Within.apply(nothing), nothing)
+    return found
