@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import torch
 import typer
 
@@ -90,7 +89,7 @@ def report(
     if plan.thesis_table:
         table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
-    typer.echo(in_percent(table).to_string(index=False))
+    typer.echo(tables.in_percent(table).to_string(index=False))
 
 
 @app.command("claims")
@@ -98,19 +97,6 @@ def show_claims() -> None:
     """Prints a verdict for each claim of the thesis, from the stored runs, in points of accuracy."""
     table = claims.claims().drop(columns=["section", "controls"])
     typer.echo(table.round(3).to_string(index=False, na_rep="", max_colwidth=60))
-
-
-def in_percent(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
-    shown = table.copy()
-    accuracies = ("baseline_mean", "mean", "difference", "low", "high", "detectable")
-    for column in (*accuracies, *shown.filter(like="thesis_")):
-        shown[column] = (100 * shown[column]).round(2)
-    for column in ("p", "p_holm"):
-        shown[column] = shown[column].round(3)
-    left_out = [column for column in ("unpaired", "refused") if not shown[column].any()]
-    shown = shown.drop(columns=["sd", "p_least", *left_out])
-    return shown.rename(columns={"baseline_mean": "plain", "mean": "guided"})
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ class Athena(Arm):
     """This package."""
 
     def __init__(self, rule: Rule | Preset, *given: Any) -> None:
-        super().__init__(f"athena {rule}", *given)
+        super().__init__(f"athena {type(rule).__name__ if isinstance(rule, Preset) else rule}", *given)
         self.rule = rule
 
     def explain(self, images: Tensor) -> Tensor:

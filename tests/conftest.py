@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from sweeps import Trainer
 
+from athena import data
+from athena.experiments import Store
 from athena.experiments.data.loading import DATA_SETS
 
 torch.set_num_threads(1)
@@ -69,3 +72,20 @@ def mnist(data_folder: Path, tiny_mnist: dict[str, bytes]) -> Path:
     for name, content in tiny_mnist.items():
         (raw / name).write_bytes(content)
     return raw
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results" / "s.jsonl")
+
+
+@pytest.fixture(scope="module")
+def fingerprint() -> str:
+    return data.load("mnist5k").fingerprint
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, fingerprint: str) -> Trainer:
+    fake = Trainer(fingerprint, [])
+    monkeypatch.setattr("athena.experiments.backends.train", fake)
+    return fake

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from athena import experiments, statistics, tables
+from athena.book.timing import step_ratios
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +107,24 @@ def test_a_table_of_one_share_says_which(frame: pd.DataFrame) -> None:
     assert list(table["fraction"]) == [0.1] and table.columns[0] == "fraction"
     both = statistics.compare(frame)
     assert tables.by_share(both, frame) is both
+
+
+def test_the_largest_difference_is_told_with_its_share() -> None:
+    table = pd.DataFrame(
+        {
+            "fraction": [0.1, 0.2, 0.5],
+            "difference": [0.01, 0.034, float("nan")],
+            "low": [0.0, 0.03, float("nan")],
+            "high": [0.02, 0.04, float("nan")],
+        }
+    )
+    assert tables.largest(table) == "+3.40 [+3.00, +4.00] at 20 %"
+
+
+def test_guided_steps_are_timed_beside_plain_ones_and_leave_the_network_alone() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 20), nn.ReLU(), nn.Linear(20, 10))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ratios = step_ratios(network, torch.rand(4, 1, 32, 32), ["linear", "all"], rounds=3)
+    assert list(ratios.columns) == ["linear", "all"] and len(ratios) == 3 and (ratios > 0).all(axis=None)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert list(step_ratios(network, torch.rand(4, 1, 32, 32), ["all"], rounds=0).median().isna()) == [True]

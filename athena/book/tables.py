@@ -20,6 +20,8 @@ __all__ = [
     "comparison",
     "conditions",
     "endpoints",
+    "in_percent",
+    "largest",
     "percent",
     "points",
     "say",
@@ -153,3 +155,22 @@ def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataF
         "verdict": [statistics.verdict(row) for _, row in table.iterrows()],
     }
     return shown(pd.DataFrame(columns).replace("nan", ""), first)
+
+
+def in_percent(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
+    shown = table.copy()
+    accuracies = ("baseline_mean", "mean", "difference", "low", "high", "detectable")
+    for column in (*accuracies, *shown.filter(like="thesis_")):
+        shown[column] = (100 * shown[column]).round(2)
+    for column in ("p", "p_holm"):
+        shown[column] = shown[column].round(3)
+    left_out = [column for column in ("unpaired", "refused") if not shown[column].any()]
+    shown = shown.drop(columns=["sd", "p_least", *left_out])
+    return shown.rename(columns={"baseline_mean": "plain", "mean": "guided"})
+
+
+def largest(table: pd.DataFrame) -> str:
+    """The largest difference in a table of `statistics.compare` by share of the data, and at which share it is."""
+    row = table.dropna(subset="difference").sort_values("difference").iloc[-1]
+    return f"{points(row)} at {100 * row['fraction']:g} %"
