@@ -128,7 +128,8 @@ def test_sweep_runs_a_study_and_report_shows_it(folder: Path) -> None:
     assert "A tiny study" in shown.stdout and "Does anything happen?" in shown.stdout
     assert "6 of 6 runs" in shown.stdout
     header, row = shown.stdout.rstrip().splitlines()[-2:]
-    table = dict(zip(header.split(), row.split(), strict=True))
+    names = header.split()
+    table = dict(zip(names, row.split(maxsplit=len(names) - 1), strict=True))
     final = {(line["run"]["factor"], line["run"]["seed"]): line["accuracy"][-1] for line in store.lines()}
     plain, guided = ([final[factor, seed] for seed in range(3)] for factor in (0.0, 1.0))
     assert float(table["factor"]) == 1 and table["n"] == "3"
