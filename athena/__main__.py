@@ -1,4 +1,4 @@
-"""The command line: ``athena data | train | sweep | report``."""
+"""The command line: ``athena data | train | sweep | report | claims``."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 
 from athena import experiments, interception
 from athena.book import tables
-from athena.experiments import data, statistics, training
+from athena.experiments import claims, data, statistics, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -90,6 +90,13 @@ def report(
         table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
     typer.echo(tables.in_percent(table).to_string(index=False))
+
+
+@app.command("claims")
+def show_claims() -> None:
+    """Prints a verdict for each claim of the thesis, from the stored runs, in points of accuracy."""
+    table = claims.claims().drop(columns=["section", "controls"])
+    typer.echo(table.round(3).to_string(index=False, na_rep="", max_colwidth=60))
 
 
 def main() -> None:

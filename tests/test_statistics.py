@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 
 from athena.experiments import results
 from athena.experiments.statistics.pairing import cells
-from athena.statistics import compare, data_efficiency, family, paired, ratio, run_fields, summary, verdict
+from athena.statistics import chance, compare, data_efficiency, family, paired, ratio, run_fields, summary, verdict
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -109,17 +109,17 @@ def test_four_seeds_cannot_go_below_an_eighth():
     assert only(compare(study(*arms([0.1, 0.2, 0.1, 0.2], [0.91, 0.92, 0.93, 0.94]))))["p"] == 0.125
 
 
-def test_holm_goes_over_all_cells_of_the_table():
-    gains = {0.1: [0.01] * 7, 0.2: [0.01] * 6 + [-0.01], 0.3: [0.01] * 4}
+def test_holm_goes_over_all_cells_of_the_table_that_can_be_tested_at_all():
+    gains = {0.1: [0.01] * 7, 0.2: [0.01] * 6 + [-0.01], 0.3: [0.01] * 4, 0.4: [0.01] * 6}
     rows = [
         row | {"fraction": fraction}
         for fraction, differences in gains.items()
         for row in arms([0.5] * len(differences), [0.5 + d for d in differences])
     ]
     table = compare(study(*rows))
-    assert table["fraction"].tolist() == [0.1, 0.2, 0.3]
-    assert table["p"].tolist() == [2 / 128, 16 / 128, 2 / 16]
-    assert table["p_holm"].tolist() == pytest.approx([3 * 2 / 128, 2 * 16 / 128, 2 * 16 / 128])
+    assert table["fraction"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    assert table["p"].tolist() == [2 / 128, 16 / 128, 2 / 16, 2 / 64]
+    assert table["p_holm"].tolist() == pytest.approx([3 * 2 / 128, 16 / 128, 2 / 16, 2 * 2 / 64])
 
 
 def test_plain_runs_pair_whatever_guidance_fields_they_carry_by_default():
@@ -564,6 +564,29 @@ def test_a_method_without_effect_is_given_a_verdict_in_no_more_than_5_percent_of
         table = gains(*(0.01 * rng.choice(rest, (shares, n)) * rng.choice([-1, 1], (shares, n))))
         found.append(any(verdict(row) in ("gain", "loss") for _, row in table.iterrows()))
     assert np.mean(found) <= 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
+
+
+def test_chance_has_the_spread_that_was_measured_and_no_effect():
+    rng = np.random.default_rng(0)
+    rows = [
+        row | {"fraction": share}
+        for share, sd in ((0.1, 0.01), (0.5, 0.02))
+        for row in arms([0.5] * 40, 0.55 + sd * rng.normal(size=40))
+    ]
+    found = chance(study(*rows), seeds=4)
+    sd = [np.std([row["accuracy"] for row in rows if row["fraction"] == share][40:], ddof=1) for share in (0.1, 0.5)]
+    assert len(found) == 20_000 and abs(found["mean"].mean()) < 0.0003
+    assert found["mean"].std() == pytest.approx((sd[0] ** 2 + sd[1] ** 2) ** 0.5 / 2 / 2, rel=0.03)
+    assert (found["largest"] >= found["mean"]).all()
+    assert found["positive"].value_counts(normalize=True).sort_index().tolist() == pytest.approx(
+        [0.25, 0.5, 0.25], abs=0.02
+    )
+
+
+def test_chance_needs_a_spread():
+    rows = [*arms([0.5] * 2, [0.6] * 2), *(row | {"fraction": 0.2} for row in arms([0.5], [0.6]))]
+    with pytest.raises(ValueError, match=r"at a share of 0\.2 there are 1 pairs"):
+        chance(study(*rows))
 
 
 # The verdict ---------------------------------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 It computes numbers from a table of finished runs; it trains nothing, reads no files and draws nothing.
 """
 
+from athena.experiments.statistics.chance import chance
 from athena.experiments.statistics.comparing import beside, compare, family, ratio, summary, verdict
 from athena.experiments.statistics.efficiency import data_efficiency
 from athena.experiments.statistics.pairing import paired, run_fields
 
 __all__ = [
     "beside",
+    "chance",
     "compare",
     "data_efficiency",
     "family",

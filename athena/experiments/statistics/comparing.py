@@ -63,7 +63,7 @@ def compare(
         sd: standard deviation of a paired difference.
         p: two-sided sign-flip test of "no difference"; every one of the 2^n flips up to n = 16, else 99,999 random
             ones from a fixed seed. It cannot go below 2 / 2^n.
-        p_holm, p_least, detectable: of p, sd and n within a family of cells, here all of this table; see `family`.
+        p_holm, p_least, detectable: of p, sd and n within a family of cells, here those of this table; see `family`.
         published, p_published: only with `published`: that number, and the sign-flip test of it.
         unpaired: treatment runs left out because their baseline run is missing (a sweep still under way).
         refused: treatment runs left out because their baseline run is of another device or of other code.
@@ -104,27 +104,33 @@ def compare(
 def family(*tables: pd.DataFrame) -> list[pd.DataFrame]:
     """Tables of `compare` whose cells are tested together: one correction over all of them.
 
+    A cell of fewer than six pairs, whose p stays above 0.05 whatever it measures, does not count in the correction,
+    since it cannot be a false positive (Tarone, A modified Bonferroni method for discrete data, Biometrics 46, 1990).
+
     Returns:
         The tables with these columns made anew.
-        p_holm: p after Holm (1979) over all cells of the tables that have a pair.
+        p_holm: p after Holm (1979) over all cells of the tables that count; of the others p itself.
         p_least: the smallest that `p_holm` could have been at this number of pairs, the other cells being as they are:
             that of differences which all point one way.
         detectable: the difference that would have been found with a probability of 80 %, by a t-test with the sd and
             n of the cell at the level that its p has to be below in this family; infinite where none gets there.
     """
     whole = pd.concat(tables, keys=range(len(tables)), names=["table", None])
-    tested = whole.index[whole["n"] > 0]
-    p, n = whole.loc[tested, "p"].to_numpy(), whole.loc[tested, "n"].to_numpy()
-    least = np.maximum(2 / 2.0**n, 1 / (FLIPS + 1))
-    if len(tested):
-        whole.loc[tested, "p_holm"] = _holm(p)
-        whole.loc[tested, "p_least"] = [_holm([*p[:k], least[k], *p[k + 1 :]])[k] for k in range(len(p))]
-        levels = LEVEL * least / whole.loc[tested, "p_least"]
-        effects = [
-            sd * _standard_effect(int(number), level) if smallest < level else math.inf
-            for sd, number, smallest, level in zip(whole.loc[tested, "sd"], n, least, levels, strict=True)
+    least = (2.0 ** (1 - whole["n"])).clip(lower=1 / (FLIPS + 1), upper=1.0).where(whole["n"] > 0)
+    whole["p_holm"], whole["p_least"] = whole["p"], least
+    whole["detectable"] = np.where(whole["n"] > 0, np.inf, np.nan)
+    counted = whole.index[least < LEVEL]
+    p, smallest = whole.loc[counted, "p"].to_numpy(), least[counted].to_numpy()
+    if len(counted):
+        whole.loc[counted, "p_holm"] = _holm(p)
+        of_least = [_holm([*p[:k], smallest[k], *p[k + 1 :]])[k] for k in range(len(p))]
+        whole.loc[counted, "p_least"] = of_least
+        whole.loc[counted, "detectable"] = [
+            sd * _standard_effect(int(n), LEVEL * own / corrected) if corrected < LEVEL else math.inf
+            for sd, n, own, corrected in zip(
+                whole.loc[counted, "sd"], whole.loc[counted, "n"], smallest, of_least, strict=True
+            )
         ]
-        whole.loc[tested, "detectable"] = effects
     return [pd.DataFrame(whole.loc[[place]]).droplevel("table") for place in range(len(tables))]
 
 

@@ -99,7 +99,9 @@ def cells(
     levels = _levels(table, context, over)
 
     wanted = {name: _hashable(item) for name, item in baseline.items()}
-    of_baseline = np.array([all(row[name] == item for name, item in wanted.items()) for row in _rows(table)])
+    of_baseline = np.array(
+        [all(row[name] == item for name, item in wanted.items()) for row in _rows(table)], dtype=bool
+    )
     plain, treated = table[of_baseline], table[~of_baseline]
     if plain.empty:
         raise ValueError(f"no run matches the baseline {dict(baseline)}; the frame holds {_values(table, baseline)}")
