@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from athena import experiments, interception
+from athena import UnsupportedLayer, experiments
 from athena.book import tables
 from athena.experiments import claims, data, statistics, training
 
@@ -105,7 +105,7 @@ def main() -> None:
     try:
         app()
     except (
-        *(data.DataError, experiments.StoreError, experiments.SweepError, interception.UnsupportedLayer),
+        *(data.DataError, experiments.StoreError, experiments.SweepError, UnsupportedLayer),
         *(ValueError, FileNotFoundError),
     ) as error:
         typer.echo(f"athena: {error}", err=True)
