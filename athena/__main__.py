@@ -1,4 +1,4 @@
-"""The command line: ``athena data | train | sweep | report``."""
+"""The command line: ``athena data | train | sweep | report | claims``."""
 
 import logging
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Annotated
 import torch
 import typer
 
-from athena import experiments, interception
+from athena import UnsupportedLayer, experiments
 from athena.book import tables
-from athena.experiments import data, statistics, training
+from athena.experiments import claims, data, statistics, training
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -71,17 +71,32 @@ def sweep(
 
 
 @app.command()
-def report(study: StudyFile) -> None:
-    """Prints what a study has measured so far, beside the thesis's table where it repeats one."""
+def report(
+    study: StudyFile,
+    any_code: Annotated[bool, typer.Option("--any-code", help="Pair runs of two versions of the code too")] = False,
+) -> None:
+    """Prints what a study has measured so far, beside the thesis's table where it repeats one.
+
+    p_holm is corrected over all rows of the table. "detectable" is the difference that the pairs would have shown with
+    a probability of 80 %.
+    """
     plan = experiments.Study.read(study)
     done = experiments.results(plan.name)
     done = done[done["key"].isin({run.key for run in plan.runs})]
     typer.echo(f"{plan.title}\n{plan.question.strip()}\n\n{len(done)} of {len(plan.runs)} runs.\n")
-    table = statistics.compare(done)
+    table = statistics.compare(done, any_code=any_code)
+    table["verdict"] = [statistics.verdict(row) for _, row in table.iterrows()]
     if plan.thesis_table:
         table = tables.by_share(table, done)
         table = statistics.beside(table, experiments.published("accuracy").query("table == @plan.thesis_table"))
     typer.echo(tables.in_percent(table).to_string(index=False))
+
+
+@app.command("claims")
+def show_claims() -> None:
+    """Prints a verdict for each claim of the thesis, from the stored runs, in points of accuracy."""
+    table = claims.claims().drop(columns=["section", "controls"])
+    typer.echo(table.round(3).to_string(index=False, na_rep="", max_colwidth=60))
 
 
 def main() -> None:
@@ -90,7 +105,7 @@ def main() -> None:
     try:
         app()
     except (
-        *(data.DataError, experiments.StoreError, experiments.SweepError, interception.UnsupportedLayer),
+        *(data.DataError, experiments.StoreError, experiments.SweepError, UnsupportedLayer),
         *(ValueError, FileNotFoundError),
     ) as error:
         typer.echo(f"athena: {error}", err=True)

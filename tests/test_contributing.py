@@ -71,7 +71,6 @@ def test_the_study_is_one(tmp_path: Path) -> None:
     assert len(study.runs) == 20 and {run.factor for run in study.runs} == {0.0, 1.0}
 
 
-@pytest.mark.skipif(not (ROOT / "athena" / "propagation").exists(), reason="the engine is still in single files")
 def test_every_place_that_is_named_is_there() -> None:
     places = set(re.findall(r"`((?:athena|tests|book|studies)/[\w./-]*)`", TEXT))
     assert len(places) > 10

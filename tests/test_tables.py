@@ -67,6 +67,12 @@ def test_a_benchmark_stores_what_the_book_reads(benchmark: str, network: str, tm
     assert list(table["arm"])[1:] and table.iloc[0, 2] == 1
 
 
+def test_what_could_be_shown_stands_in_points() -> None:
+    assert tables.detectable({"detectable": 0.00126}) == "±0.13"
+    assert tables.detectable({"detectable": float("inf")}) == "none"
+    assert tables.detectable({"detectable": float("nan")}) == ""
+
+
 def test_a_comparison_lists_what_was_measured_and_what_was_not(frame: pd.DataFrame) -> None:
     table = tables.comparison(statistics.compare(frame), fractions=[0.05, 0.5])
     assert list(table.index) == ["50", "10", "5", "1"]
@@ -91,7 +97,8 @@ def test_an_endpoint_no_seed_has_reached_is_not_yet_run(frame: pd.DataFrame) -> 
         row = tables.endpoints(statistics.compare(runs, over="fraction"), ["0.2"], "factor").loc["0.2"]
         number = row["mean difference (points)"]
         assert (number == expected) if runs is partly else number.startswith(("+", "-"))
-        assert row["verdict"] == "no effect shown"
+        assert row["verdict"] == "cannot be tested"  # with four pairs at most
+        assert row["could be shown (points)"] == ("" if runs is partly else "none")
 
 
 def test_a_table_of_one_share_says_which(frame: pd.DataFrame) -> None:

@@ -4,6 +4,7 @@ Not here: how the numbers come about (`athena.statistics`), and figures (`athena
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,10 +96,21 @@ def by_share(table: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(fraction=frame["fraction"].iloc[0])[["fraction", *table]]
 
 
+def detectable(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
+    """The difference in points that the pairs of a row of `statistics.compare` could have shown, ``"±0.13"``.
+
+    ``"none"`` where no difference could have been, since no p gets below the level that it is tested at.
+    """
+    effect = row["detectable"]
+    return "" if pd.isna(effect) else "none" if math.isinf(effect) else f"±{100 * effect:.{digits}f}"
+
+
 def comparison(
     table: pd.DataFrame, published: pd.DataFrame | None = None, fractions: Sequence[float] = ()
 ) -> pd.DataFrame:
     """One guided arm against plain training, one row for each share of the data, the largest first.
+
+    *p* is that of the one cell, uncorrected: cells are secondary, and get no verdict.
 
     Args:
         table: rows of `statistics.compare` for that arm, with the column `fraction`.
@@ -139,6 +151,7 @@ def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataF
         "mean difference (points)": [points(row) if row["n"] else NOT_RUN for _, row in table.iterrows()],
         "p": table["p"].map("{:.3f}".format),
         "p (Holm)": table["p_holm"].map("{:.3f}".format),
+        "could be shown (points)": [detectable(row) for _, row in table.iterrows()],
         "verdict": [statistics.verdict(row) for _, row in table.iterrows()],
     }
     return shown(pd.DataFrame(columns).replace("nan", ""), first)
@@ -147,13 +160,13 @@ def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataF
 def in_percent(table: pd.DataFrame) -> pd.DataFrame:
     """A table of `statistics.compare` for reading: accuracies in percent, differences in points, three digits of p."""
     shown = table.copy()
-    accuracies = ("baseline_mean", "mean", "difference", "low", "high")
+    accuracies = ("baseline_mean", "mean", "difference", "low", "high", "detectable")
     for column in (*accuracies, *shown.filter(like="thesis_")):
         shown[column] = (100 * shown[column]).round(2)
     for column in ("p", "p_holm"):
         shown[column] = shown[column].round(3)
-    if not shown["unpaired"].any():
-        shown = shown.drop(columns="unpaired")
+    left_out = [column for column in ("unpaired", "refused") if not shown[column].any()]
+    shown = shown.drop(columns=["sd", "p_least", *left_out])
     return shown.rename(columns={"baseline_mean": "plain", "mean": "guided"})
 
 

@@ -1,6 +1,8 @@
 """Where results are kept: one file of JSON lines for each study.
 
-results("mnist-factors")                # what has been measured, as a tidy table
+    results("mnist-factors")                # what has been measured, as a tidy table
+
+Not here: what the numbers mean (`athena.statistics`).
 """
 
 import json

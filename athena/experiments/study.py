@@ -1,8 +1,10 @@
 """Studies: grids of runs, each written down in one TOML file.
 
-study = Study.read("studies/mnist-factors.toml")
-study.runs                              # every run of it
-study.store                             # where its results are kept
+    study = Study.read("studies/mnist-factors.toml")
+    study.runs                              # every run of it
+    study.store                             # where its results are kept
+
+Not here: the sweep that trains the runs (`athena.experiments.sweep`).
 """
 
 import ast
@@ -20,7 +22,7 @@ from athena.experiments.store import Store
 from athena.experiments.training import Run
 
 ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control")
-"""The fields of a `Run` that say how it is guided: all that a guided run and its plain partner differ in."""
+"""The fields of a `Run` that say how it is guided. A guided run and its plain partner differ in these alone."""
 
 
 def plain(run: Run) -> Run:

