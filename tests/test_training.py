@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,18 @@ def test_a_run_trains_under_no_grad_too_and_leaves_it_on() -> None:
         result = train(TINY)
         assert not torch.is_grad_enabled()
     assert result.accuracy == train(TINY).accuracy
+
+
+def test_the_code_digest_is_of_every_file_that_a_run_depends_on_and_of_no_other() -> None:
+    names = training._modules(training.__name__)
+    root = Path(athena.__file__).parent
+    rooms = ("propagation", "guidance", "experiments/data")
+    files = [file for room in rooms for file in sorted((root / room).rglob("*.py"))]
+    files += [root / "rules.py", root / "experiments/models.py", root / "experiments/controls.py"]
+    needed = {
+        ".".join(("athena", *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__") for file in files
+    }
+    assert set(names) - {training.__name__, "athena.experiments.places", "athena.relevance"} == needed
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------

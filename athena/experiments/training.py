@@ -503,16 +503,26 @@ def _code() -> str:
     return f"{__version__}+{digest.hexdigest()[:8]}"
 
 
+def _packages(name: str) -> list[str]:
+    """The packages that a module lies in: of ``"a.b.c"`` ``"a.b"`` and ``"a"``."""
+    return [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+
+
 def _modules(name: str) -> list[str]:
-    """The module `name` and those of its package that it imports, and that these import, sorted."""
+    """The module `name` and those of its distribution that it imports, and that these import, sorted.
+
+    To import a module is to run the packages it lies in, so they count as well, but for those that `name` lies in.
+    """
     package = name.partition(".")[0]
+    above = _packages(name)
     found: set[str] = set()
     ahead = [name]
     while ahead:
         module = ahead.pop()
-        if module in found or module == package:
+        if module in found or module in above:
             continue
         found.add(module)
+        ahead.extend(_packages(module))
         for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
             if isinstance(node, ast.Import):
                 imported = [alias.name for alias in node.names]
