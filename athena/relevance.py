@@ -1,12 +1,12 @@
 """One relevance pass over any model: `lrp`, and the `Relevance` it returns.
 
-An explanation is one forward pass of the model and one walk down its graph (`athena.propagation`). What the layers between
-held is found by explaining once more, with an account, where it is asked for. Not here: training with relevance
-(`athena.guidance`).
+An explanation is one forward pass of the model and one walk down its graph (`athena.propagation`). What the layers
+between held is found by explaining once more, with an account, where it is asked for. Not here: training with
+relevance (`athena.guidance`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple

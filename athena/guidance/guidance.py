@@ -155,7 +155,7 @@ class Guidance:
             )
 
     def _pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One forward pass, after which gradients that come back are scaled; whatever ends it, nothing is left behind."""
+        """One forward pass, after which the gradients that come back are scaled. Nothing stays behind if it fails."""
         if not self.model.training or not torch.is_grad_enabled() or not self._factors:
             return forward(*args, **kwargs)
         if getattr(self._here, "passing", False):  # the model calls itself

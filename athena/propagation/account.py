@@ -66,9 +66,7 @@ class Account:
         name = path if is_module and path else self.trace.name_of(node)
         self._rows.append((when, -len(self._rows), Row(name, relevance, bias, 0.0)))
 
-    def measure(
-        self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]
-    ) -> None:
+    def measure(self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]) -> None:
         """Books what came to an operation and did not go on to its operands, if it has constant ones."""
         ways = node.next_functions
         call = self.trace.call_of(node)

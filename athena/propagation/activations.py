@@ -1,11 +1,12 @@
 """The LRP layers of element-wise activations: relevance goes on unchanged (identity rule).
 
-For ``z = f(x)`` with ``f(0) = 0`` that is ``d -> d f(x) / x``. Where ``f(0)`` is not 0, as for the sigmoid, it is a constant
-summand that keeps its share as any other does: ``d -> d (f(x) - f(0)) / x``, which has a bound where ``f(x) / x`` has none.
+For ``z = f(x)`` with ``f(0) = 0`` that is ``d -> d f(x) / x``. Where ``f(0)`` is not 0, as for the sigmoid, it is a
+constant summand that keeps its share as any other does: ``d -> d (f(x) - f(0)) / x``, which is bounded where
+``f(x) / x`` is not.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class ReLULRP(LRPLayer):
     """ReLU and what else is linear on both sides of 0: ``f(x) / x`` is the derivative, so relevance is a gradient."""
 
     is_elementwise = True
-    kinds = ("LeakyRelu", "Abs", "PreluKernel", "RreluWithNoise")
+    kinds: ClassVar[tuple[str, ...]] = ("LeakyRelu", "Abs", "PreluKernel", "RreluWithNoise")
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -61,12 +62,12 @@ class ActivationLRP(LRPLayer):
     """Element-wise activations, each with ``f(x)`` and ``f(0)``."""
 
     is_elementwise = True
-    ratios: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    ratios: ClassVar[dict[str, Callable[[Any, Tensor], Tensor]]] = {
         "Silu": lambda node, x: x.sigmoid(),
         "Hardswish": lambda node, x: F.hardsigmoid(x),
     }
     """Where ``f(x) / x`` is a function that PyTorch has."""
-    functions: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    functions: ClassVar[dict[str, Callable[[Any, Tensor], Tensor]]] = {
         "Gelu": lambda node, x: F.gelu(x, approximate=node._saved_approximate),
         "Elu": lambda node, x: torch.ops.aten.elu(x, node._saved_alpha, node._saved_scale, node._saved_input_scale),
         "Celu": lambda node, x: F.celu(x, float(node._saved_alpha)),

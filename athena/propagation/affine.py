@@ -72,7 +72,8 @@ class Layer:
                 saved = self.kind.folded(self.note.a)
             if saved is None:
                 raise UnsupportedLayer(
-                    f"the input of {self.path!r}, whose weight is frozen, was not kept; let the weight ask for gradients"
+                    f"the input of {self.path!r}, whose weight is frozen, was not kept; let the weight ask for "
+                    "gradients"
                 )
             self._a = saved.detach()
         return self._a
@@ -177,7 +178,7 @@ class AffineLRP(LRPLayer):
         z = layer.z if layer.z is not None else walk.values.pop(layer.node, None)
         if z is None and layer.note is not None and layer.bias is None:
             z = layer.note.output()
-        walk.missed_notes |= z is None or layer.note is not None and z is layer.note.z
+        walk.missed_notes |= z is None or (layer.note is not None and z is layer.note.z)
         if z is None:
             layer.find_weight(walk)
             z, constant = cls.apply(layer, layer.a, layer.w), layer.constant(walk)
@@ -215,6 +216,11 @@ class AffineLRP(LRPLayer):
         if first and second:
             for place in (cls.first, cls.first + 1):
                 downs[place] = downs[place] * 0.5
+        if walk.account is not None and cls.first and (z := walk.scores.pop(node, None)) is not None:
+            factors = cls.operand(node, 0), cls.operand(node, 1)
+            went = sum(total(x * down) for x, down in zip(factors, downs[1:], strict=True) if down is not None)
+            if abs((came := total(z * d)) - went) > 1e-12 * abs(came):
+                walk.account.add(node, came, came - went)  # a mask of numbers
         return downs
 
     @classmethod
@@ -228,7 +234,7 @@ class AffineLRP(LRPLayer):
         z = cls.output(walk, layer).reshape(d.shape)
         rectified = layer.rectified is not None
         relevance = (nonzero(z) if walk.zeros else z) * d if layer.wanted or rule.asks_for_sums or explains else None
-        if layer.wanted:
+        if layer.wanted and relevance is not None:
             walk.take(layer, relevance)
         if not goes_on:
             return d
@@ -291,7 +297,7 @@ class AffineLRP(LRPLayer):
 class LinearLRP(AffineLRP):
     """Fully connected layers (thesis 3.6.4), and other products of matrices."""
 
-    kinds = ("Mm", "Bmm", "Mv")
+    kinds: ClassVar[tuple[str, ...]] = ("Mm", "Bmm", "Mv")
     names: ClassVar[tuple[str, str]] = ("_saved_self", "_saved_mat2")
 
     @classmethod
@@ -336,7 +342,7 @@ class LinearLRP(AffineLRP):
 class LinearWithBiasLRP(LinearLRP):
     """Products of matrices to which something is added, a bias as a rule."""
 
-    kinds = ("Addmm", "Baddbmm")
+    kinds: ClassVar[tuple[str, ...]] = ("Addmm", "Baddbmm")
     first = 1
     names = ("_saved_mat1", "_saved_mat2")
 

@@ -35,7 +35,7 @@ class LRPLayer:
         is_elementwise: whether each output element depends on the input element at the same place alone.
         divides: whether a divisor (see `Walk.divisors`) may be one of its operands.
         has_many_outputs: whether its nodes may have more than one output.
-        broadcasts: whether its operands may have had other shapes, of which autograd's engine, not the node, takes care.
+        broadcasts: whether its operands may have been broadcast, which autograd's engine undoes, not the node.
         constants_keep: whether a constant operand keeps a share of the relevance, as a bias does.
     """
 

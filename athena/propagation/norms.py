@@ -1,7 +1,7 @@
-"""The LRP layers of norms: what divides by the deviation takes no part (AttnLRP, section 3.3.2 of Achtibat et al. 2024).
+"""The LRP layers of norms: the division by the deviation takes no part.
 
-In eval mode batch norm is a fixed affine map, and right after an affine layer whose rule is not LRP-0 both are explained
-as the one layer they are.
+(AttnLRP, section 3.3.2 of Achtibat et al. 2024.) In eval mode batch norm is a fixed affine map. Right after an affine
+layer whose rule is not LRP-0, both are explained as the one layer they are.
 """
 
 import copy
@@ -55,7 +55,7 @@ class BatchNormLRP(LRPLayer):
     def merge(
         cls, walk: "Walk", node: Any, layer: Layer, scale: Tensor, d: Tensor, shape: tuple[int, ...], z: Tensor | None
     ) -> Tensor | None:
-        """This and the layer below as one: what of it is done here, before the layer passes the rest as the gradient."""
+        """Treats this and the layer below as one, by the layer's rule; the layer then only passes on the gradient."""
         shared = layer.node in walk.shared
         if shared:  # what comes down to the layer from elsewhere goes by the layer's own rule
             layer = copy.copy(layer)

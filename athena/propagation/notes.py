@@ -1,8 +1,8 @@
 """What the graph of a forward pass does not tell, noted down as the forward pass runs.
 
-Autograd saves what a gradient needs. Relevance needs a little more: the output of an affine layer, the input of a
-sigmoid, the bias of a layer whose parameters are frozen. `Notes` sees each function of PyTorch that the model calls, and
-remembers these by the graph node of the output. It belongs to one forward pass in one thread, and is gone with it.
+Autograd saves what a gradient needs. Relevance may need a little more: the output of an affine layer, the input of a
+sigmoid, the bias of a layer whose parameters are frozen. `Notes` sees each function of PyTorch that the model calls,
+and remembers these by the graph node of the output. It belongs to one forward pass in one thread, and ends with it.
 """
 
 import functools
@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Note", "Notes", "keeps_graph", "named", "operands_of", "packs_what_it_saves", "tensors_in", "writes_in_place"]
+__all__ = [
+    "Note",
+    "Notes",
+    "keeps_graph",
+    "named",
+    "operands_of",
+    "packs_what_it_saves",
+    "tensors_in",
+    "writes_in_place",
+]
 
 # Whether the backward pass that runs now was asked to ``retain_graph``.
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
@@ -102,7 +111,7 @@ class Notes(TorchFunctionMode):
         return None if note is None else note.output()
 
     def mark_copies(self, tensor: Tensor, above: Any = None) -> None:
-        """Takes note that the latest writing into parts of `tensor` has copied; what lies at `above` or below is older."""
+        """Takes note that parts of `tensor` were copied into; what lies at the node `above` or below it is older."""
         ahead = [tensor.grad_fn]
         while ahead:
             node: Any = ahead.pop()
@@ -177,13 +186,13 @@ def _relu(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str, 
     note = notes.calls.get(x.grad_fn)
     if note is not None:
         note.z = None
-    return _in_place(notes, function, args, kwargs)  # type: ignore[no-any-return]
+    return _in_place(notes, function, args, kwargs)
 
 
 def _by_output(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """An activation that autograd remembers by its output: its input is noted."""
     if writes_in_place(function, args, kwargs):
-        return _copied_in_place(notes, function, args, kwargs)  # type: ignore[no-any-return]
+        return _copied_in_place(notes, function, args, kwargs)
     z: Tensor = function(*args, **kwargs)
     if z.grad_fn is not None:
         x = args[0] if args else kwargs["input"]
@@ -319,7 +328,7 @@ NOTED: dict[Any, Callable[[Notes, Any, tuple[Any, ...], dict[str, Any]], Any]] =
 
 @functools.cache
 def _position_of_inplace(function: Any) -> int | None:
-    """Where the argument ``inplace`` of `function` stands, `ALWAYS` where it always writes in place, None where never."""
+    """Where the argument ``inplace`` of `function` stands; `ALWAYS` if it always writes in place, None if never."""
     name = getattr(function, "__name__", "")
     if name in ("__setitem__", *IN_PLACE_OPERATORS) or (name.endswith("_") and not name.startswith("_")):
         return ALWAYS

@@ -1,4 +1,4 @@
-"""The LRP layers of what relevance passes as the gradient does: each operand gets its share of a sum, or what was its own."""
+"""The LRP layers of sums, selections and pooling, which relevance passes as the gradient does."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ class SelectionLRP(LRPLayer):
     has_many_outputs = True
     kinds = _each(
         "Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Take MaskedSelect Narrow Diagonal Expand",
-        "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle ChannelShuffle AsStrided",
+        "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle",
+        "ChannelShuffle AsStrided",
     )
 
 
@@ -49,8 +50,8 @@ class AveragePoolingLRP(LRPLayer):
         "AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D Mean Neg ReflectionPad1D ReflectionPad2D",
         "ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleNearest1D UpsampleNearest2D",
         "UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleLinear1D",
-        "UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D UpsampleBicubic2DAa UpsampleTrilinear3D NativeDropout",
-        "MkldnnAdaptiveAvgPool2D",
+        "UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D UpsampleBicubic2DAa UpsampleTrilinear3D",
+        "NativeDropout MkldnnAdaptiveAvgPool2D",
     )
 
 
@@ -60,8 +61,8 @@ class MaxPoolingLRP(LRPLayer):
     broadcasts = True
     constants_keep = True
     kinds = _each(
-        "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin Max Min Maximum Minimum",
-        "MaxPool2D MaxPool3D",
+        "MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D Amax Amin Max Min",
+        "Maximum Minimum MaxPool2D MaxPool3D",
     )
 
 
@@ -76,10 +77,11 @@ class AdditionLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient; a sum of zeros shares what a rule has given to it equally."""
-        if walk.zeros:
+        (d,) = given
+        if walk.zeros and d is not None:
             z, operands = walk.output(node), sum(below in walk.bears for below, _ in node.next_functions)
             if z is not None and operands > 1:
-                given = [torch.where(z == 0, given[0] / operands, given[0])]  # type: ignore[list-item, operator]
+                given = [torch.where(z == 0, d / operands, d)]
         return super().down(walk, node, given)
 
 

@@ -43,8 +43,9 @@ class ProductLRP(LRPLayer):
 
 
 def is_linear_in_all_of(walk: "Walk", edge: Any, other: Any) -> bool:
-    """Whether the operand at `edge` is some ``x`` times constants, and that at `other` is a function of ``x`` element by
-    element. Their product is then an activation of ``x`` that is 0 at 0: ``d f(x) / x`` is `other` times the constants.
+    """Whether the operand at `edge` is some ``x`` times constants, and `other` an element-wise function of ``x``.
+
+    Their product is then an activation of ``x`` that is 0 at 0, and ``f(x) / x`` is `other` times the constants.
     """
     multiples = {edge}
     node, _ = edge
@@ -168,7 +169,11 @@ class AttentionLRP(LRPLayer):
 
     has_many_outputs = True
     kinds = (
-        *("ScaledDotProductFlashAttentionForCpu", "ScaledDotProductFlashAttention", "ScaledDotProductEfficientAttention"),
+        *(
+            "ScaledDotProductFlashAttentionForCpu",
+            "ScaledDotProductFlashAttention",
+            "ScaledDotProductEfficientAttention",
+        ),
         *("ScaledDotProductCudnnAttention", "ScaledDotProductFusedAttentionOverrideable"),
     )
 
@@ -186,7 +191,7 @@ class AttentionLRP(LRPLayer):
             for down, share in zip(node(*given), shares, strict=False)
         ]
         if walk.account is not None:
-            inflow = total(z * given[0])  # type: ignore[operator]
+            inflow = total(z * given[0])
             outflow = sum(total(x * down) for x, down in zip(operands, downs, strict=False) if down is not None)
             walk.account.add(node, inflow, inflow - outflow)
         return [*downs, *[None] * (len(node.next_functions) - len(downs))]

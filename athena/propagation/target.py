@@ -29,9 +29,9 @@ def start(output: Any, target: Any) -> Any:
     if callable(target):
         relevance = target(mapped(output, Tensor.detach))
         if relevance is None or not _alike(relevance, output):
-            what = f"the output's shape {tuple(output.shape)}" if isinstance(output, Tensor) else (
-                f"the structure of what the model returned, {described(output)}, with None where nothing is to start"
-            )
+            what = f"the structure of what the model returned, {described(output)}, with None where nothing is to start"
+            if isinstance(output, Tensor):
+                what = f"the output's shape {tuple(output.shape)}"
             raise ValueError(f"target(output) gave {described(relevance)}; it must have {what}")
         if not _pairs(output, relevance):
             raise ValueError("target(output) gave None for all that the model returned; relevance has nowhere to start")
@@ -131,7 +131,9 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict) and tensors_in(value):
-        return f"a {type(value).__name__} of {', '.join(f'{name!r}: {described(part)}' for name, part in value.items())}"
+        return (
+            f"a {type(value).__name__} of {', '.join(f'{name!r}: {described(part)}' for name, part in value.items())}"
+        )
     if isinstance(value, tuple | list) and tensors_in(value):
         return f"a {type(value).__name__} of {', '.join(map(described, value))}"
     return f"{reprlib.repr(value)} ({type(value).__name__})"

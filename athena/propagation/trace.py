@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
@@ -93,7 +92,7 @@ class Trace(Notes):
             node: Any = tensor.grad_fn if isinstance(tensor, Tensor) else None
             while node is not None and node not in self._made:
                 kind = layer_of_kind(node.name())
-                keeps = kind is not None and kind.constants_keep or self.zeros
+                keeps = (kind is not None and kind.constants_keep) or self.zeros
                 kept = tensor.detach().clone() if keeps else None
                 path = self._running[-1] if self._running else ""
                 self._made[node] = Call(len(self._made), path, name, operands, kept)

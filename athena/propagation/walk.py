@@ -1,13 +1,13 @@
 """The walk down the graph of a forward pass, by which relevance is found.
 
-After the model's own forward pass, `Walk` goes through the graph that autograd has recorded, from the output down. At each
-node the LRP layer for its kind (`athena.propagation.layer`) says what ``d`` becomes below it, by calling the node itself
-wherever relevance goes as the gradient does. Nodes are let go of as the walk passes them, and with them what autograd has
-saved there. Not here: what is started with (`athena.propagation.target`), and what is done with relevance (`athena.lrp`,
-`athena.Guidance`).
+After the model's own forward pass, `Walk` goes through the graph that autograd has recorded, from the output down. At
+each node the LRP layer for its kind (`athena.propagation.layer`) says what ``d`` becomes below it, by calling the node
+itself wherever relevance goes as the gradient does. Where the graph serves one explanation alone, nodes are let go of
+as the walk passes them, and with them what autograd has saved there. Not here: where relevance starts
+(`athena.propagation.target`), and what is done with it (`athena.lrp`, `athena.Guidance`).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -42,7 +42,7 @@ class Refusal(UnsupportedLayer):
         super().__init__(self.sentence)
 
 
-class Untold(Exception):  # noqa: N818
+class Untold(Exception):
     """The graph does not tell what relevance needs to know, and it was not noted down.
 
     Attributes:
@@ -65,7 +65,7 @@ class Walk:
             where it is the input that is explained.
         take: is called with each layer wanted and its relevance, from the top down.
         account: where to book what each operation holds and absorbs, or None.
-        is_complete: whether the notes are, or there is no way to take any; else `Untold` is raised where they are missed.
+        is_complete: whether notes were taken, or cannot be; else `Untold` is raised where they are missed.
 
     Attributes:
         bears: the nodes that relevance may come to: those that depend on the input, or in training on a guided layer.
@@ -74,6 +74,7 @@ class Walk:
         shared: nodes whose output more than one operation reads.
         values: outputs of nodes that have come to light, still to be used.
         rectified: likewise, outputs of ReLUs that stand in for the outputs of the nodes below them.
+        scores: inputs of softmax, but for a constant, for the account.
         merged: additions of a bias that are part of the layer below them.
         missed_notes: whether something had to be computed once more that notes would have told, or they did tell it.
         has_reentrant_checkpoint: whether a part of the forward pass is hidden in a checkpoint.
@@ -125,7 +126,7 @@ class Walk:
         calls, order, kinds, bears, divisors = self.notes.calls, self.order, self._kinds, self.bears, self.divisors
         self._sources = goals = set(sources)
         ahead = [out.grad_fn for out in outputs if out.grad_fn is not None]
-        entered, done, read = set[Any](), {None}, set[Any]()
+        entered, done, read = set[Any](), set[Any]((None,)), set[Any]()
         below_layer = self._above_layers = set[Any]()
         while ahead:  # depth first: in `order` each node comes after all that lie below it
             node = ahead.pop()
@@ -189,7 +190,7 @@ class Walk:
             self.notes_of[node] = note
         return [lower for lower, _ in ways if lower is not None]
 
-    def _find_layer(self, node: Any, kind: type[AffineLRP]) -> bool:
+    def _find_layer(self, node: Any, kind: Any) -> bool:
         """Whether the product bears relevance; it is a layer where one of its factors does not."""
         bears, ways = self.bears, node.next_functions
         first, second = ways[kind.first][0] in bears, ways[kind.first + 1][0] in bears
@@ -263,7 +264,7 @@ class Walk:
 
     # Relevance comes down
 
-    def run(self, starts: Sequence[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
+    def run(self, starts: list[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
         """Sends relevance down, with gradients off.
 
         Args:
@@ -278,13 +279,9 @@ class Walk:
         order, bears, divisors, kinds = self.order, self.bears, self.divisors, self._kinds
         found: dict[Any, Tensor] = {}
         ds, account, lets_go = self._ds, self.account, self.wanted is None
-        for out, d in starts:
-            if out.grad_fn is not None:
-                self.send((out.grad_fn, out.output_nr), d)
-                if out.output_nr == 0 and out.grad_fn in self.layers:
-                    self.layers[out.grad_fn].z = out.detach()
-        starts.clear()
-        out = d = None  # type: ignore[assignment]
+        while starts:
+            self._begin(*starts.pop())
+        d: Tensor | None
         while order:
             node = order.pop()
             kind, is_source = kinds.pop(node), node in self._sources
@@ -328,6 +325,13 @@ class Walk:
                     if noted:
                         noted.pop(node, None)
         return found
+
+    def _begin(self, out: Tensor, d: Tensor) -> None:
+        """Has `d` start at an output of the model."""
+        if out.grad_fn is not None:
+            self.send((out.grad_fn, out.output_nr), d)
+            if out.output_nr == 0 and out.grad_fn in self.layers:
+                self.layers[out.grad_fn].z = out.detach()
 
     def send(self, way: Any, d: Tensor) -> None:
         """Has `d` come to an output of a graph node, given as (node, number)."""
@@ -396,7 +400,7 @@ class Walk:
         return self.notes.outputs_of(node) if note is None else note.output()
 
     def constant(self, edge: Any, like: Tensor) -> Tensor | None:
-        """The value of a parameter, or of what is made of one by a cast, a split and the like; None where there is none.
+        """The value of a parameter, or of what a cast, a split and the like make of one; None where there is none.
 
         Raises:
             UnsupportedLayer: it is computed in another way.
@@ -405,7 +409,7 @@ class Walk:
             return None
         node, number = edge
         if (leaf := getattr(node, "variable", None)) is not None:
-            return leaf.detach().to(like.dtype)  # type: ignore[no-any-return]
+            return leaf.detach().to(like.dtype)
         below = self.constant(node.next_functions[0], like)
         name = node.name()
         if below is not None and name == "ToCopyBackward0":
@@ -435,8 +439,8 @@ def is_leaf(node: Any) -> bool:
     return hasattr(node, "variable")
 
 
-def within_backward(walk: Walk, starts: Sequence[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
-    """``walk.run(starts)`` within a backward pass of autograd, where what is checkpointed is computed again but once."""
+def within_backward(walk: Walk, starts: list[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
+    """``walk.run(starts)`` within a backward pass of autograd, in which a checkpoint is computed again only once."""
     found: dict[Any, Tensor] = {}
 
     class Within(torch.autograd.Function):
