@@ -108,6 +108,7 @@ class Guidance:
         self.diverged: DivergedError | None = None
         self._zeros = self.rule.absolute is not False  # a function may choose any rule
         self._here = threading.local()
+        self._parameters = list(model.parameters())
         # What the graph does not tell is noted until a pass has shown that nothing of it is needed.
         self._takes_notes = True
         self._replicas = model.register_forward_pre_hook(self._refuse_replica)
@@ -166,7 +167,7 @@ class Guidance:
         notes = Notes(zeros=self._zeros)
         self._here.passing = True
         try:
-            if self._takes_notes:
+            if self._takes_notes or not all(parameter.requires_grad for parameter in self._parameters):
                 with notes:
                     output = forward(*args, **kwargs)
             else:

@@ -103,7 +103,7 @@ class Scaling:
     def at(self, number: int, layer: Layer, shape: torch.Size) -> None:
         """Has the gradient that comes to `layer` scaled, once there is relevance."""
         scale = functools.partial(self._scale, number, layer.path, float(layer.wanted), shape)
-        layer.node.register_prehook(scale)
+        (layer.node if layer.top is None else layer.top).register_prehook(scale)
 
     def _scale(
         self, number: int, path: str, factor: float, shape: torch.Size, gradients: tuple[Tensor | None]
@@ -120,6 +120,8 @@ class Scaling:
             self.outputs.pop(number, None)
         if relevance.dtype != gradient.dtype:
             relevance = relevance.to(gradient.dtype)
+        if relevance.dim() != gradient.dim():
+            relevance = relevance.view(gradient.shape)
         scaled = torch.addcmul(gradient, gradient, relevance, value=factor)
         self._sums.pop(number, None)
         # in float16 gradients overflow without relevance too, and a loss scaler leaves out the step

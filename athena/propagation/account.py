@@ -77,7 +77,9 @@ class Account:
         came = sum(total(z * d) for d in given if d is not None)
         went = 0.0
         for way, down in zip(ways, downs, strict=False):
-            if down is not None and way[0] in walk.bears and way in call.operands:
+            if down is not None and way[0] in walk.bears:
+                if way not in call.operands:  # a part of a function that calls others
+                    return
                 x = call.operands[way]
                 went += total((nonzero(x) if walk.zeros else x) * down)
         if abs(came - went) > 1e-12 * abs(came):

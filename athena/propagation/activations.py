@@ -53,7 +53,7 @@ class RectifierLRP(ReLULRP):
                 layer.rectified = z
                 if layer.rule.stabiliser > 0 or layer.rule.asks_for_sums:
                     return (d,)
-            elif walk.merges and below.name().endswith("BatchNormBackward0"):
+            elif (walk.merges and below.name().endswith("BatchNormBackward0")) or walk.reads_value(below):
                 walk.rectified[below] = z
         return (torch.ops.aten.threshold_backward(d, z, 0),)
 

@@ -39,11 +39,13 @@ class Layer:
         rectified: the output of the ReLU above, where that alone reads ``z``; stands in for ``z``.
         scale, shift: those of a batch norm that is merged into it, ``z -> scale z + shift`` for each channel, or None.
         bias: another constant that is added to its output.
+        top: the graph node that adds it.
         reads: whether its rule, or anybody else, looks at its output.
         passes, finished: whether a batch norm above it has done its work already, but for the gradient, or all of it.
     """
 
     bias: Tensor | None = None
+    top: Any = None
     z: Tensor | None = None
     rectified: Tensor | None = None
     scale: Tensor | None = None

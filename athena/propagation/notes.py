@@ -258,7 +258,8 @@ def _copied_in_place(notes: Notes, function: Any, args: tuple[Any, ...], kwargs:
     notes.needed = True
     position = _position_of_inplace(function)
     if position == ALWAYS:
-        function = getattr(torch, function.__name__.strip("_").removeprefix("i"))  # mul_ and __imul__ alike
+        name = function.__name__.strip("_").removeprefix("i")  # mul_ and __imul__ alike
+        function = getattr(torch, name, None) or getattr(F, name)
     else:
         args, kwargs = args[:position], {name: value for name, value in kwargs.items() if name != "inplace"}
     original = target.clone()  # autograd may save it

@@ -26,6 +26,12 @@ class FlattenLRP(LRPLayer):
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient; where the output is known, so is the input."""
         (below, _) = node.next_functions[0]
+        rectified = walk.rectified.pop(node, None)
+        if rectified is not None and below not in walk.shared:
+            if below in walk.layers:
+                walk.layers[below].rectified = node(rectified)
+            elif walk.reads_value(below):
+                walk.rectified[below] = node(rectified)
         value = walk.values.pop(node, None)
         if value is not None and walk.reads_value(below):
             walk.values[below] = node(value)  # the way back of a new shape is the old one
@@ -39,7 +45,7 @@ class SelectionLRP(LRPLayer):
     kinds = _each(
         "Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Take MaskedSelect Narrow Diagonal Expand",
         "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle",
-        "ChannelShuffle AsStrided",
+        "ChannelShuffle AsStrided BackwardHookFunction",
     )
 
 

@@ -98,7 +98,7 @@ class Paths:
             node, looked = ahead.pop(), looked + 1
             if node is None:
                 continue
-            if looked > 24:
+            if looked > 300:
                 return None
             parameter = getattr(node, "variable", None)
             if parameter is None:

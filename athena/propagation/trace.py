@@ -60,6 +60,10 @@ class Trace(Notes):
 
         def enter(module: nn.Module, args: Any) -> None:
             if threading.get_ident() == thread:
+                for tensor in tensors_in(args):  # made by the module that calls this one, if no function has made it
+                    if tensor.grad_fn not in self._made:
+                        path = self._running[-1] if self._running else ""
+                        self._returned.setdefault(tensor.grad_fn, (len(self._made), path))
                 self._running.append(paths[id(module)])
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:

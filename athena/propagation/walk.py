@@ -15,7 +15,7 @@ from torch import Tensor
 
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
-from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, dimension, layer_of_kind, number_of_outputs
 from athena.propagation.notes import Note, Notes
 from athena.propagation.paths import Paths
 from athena.propagation.products import makes_a_divisor
@@ -178,7 +178,9 @@ class Walk:
         elif kind.is_affine:
             if note is not None:
                 self.notes_of[node] = note
-                if note.weight is not None and note.weight.is_leaf and note.weight.grad_fn is None:
+                is_leaf_weight = note.weight is not None and note.weight.grad_fn is None
+                self.missed_notes |= not is_leaf_weight
+                if note.weight is not None and (is_leaf_weight or self.wanted is not None):
                     return [] if (lower := ways[kind.first][0]) is None else [lower]
             goals = self._sources
             return [lower for lower, _ in ways if lower in goals or (lower is not None and not is_leaf(lower))]
@@ -205,8 +207,12 @@ class Walk:
                 path = self._path_below(ways[kind.first + 1 - place][0])
             if path is None and not (first or second) and kind.public is LinearLRP:  # ``W^T a^T``
                 place, path = 1, self._path_below(ways[kind.first][0])
+            if path is None and note is not None and note.weight is not None:  # made of several parameters
+                path = (self.paths.of(self.notes.original(note.bias)) or "").removesuffix(".bias")
             if self.wanted is not None and path is not None:
                 wanted = self.wanted(path, kind.public)
+                if not (first or second) and self._path_below(ways[kind.first + place][0]) is not None:
+                    wanted = 0.0  # a product of parameters alone, as a weight is computed from them
         if not (first or second or wanted):
             return kind.first == 1 and ways[0][0] in bears
         is_first = ways[kind.first + place][0] not in self._above_layers
@@ -232,19 +238,19 @@ class Walk:
     def _find_bias(self, node: Any, below: Any) -> None:
         """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
         (constant,) = (way for way in node.next_functions if way[0] is not below)
-        while (kind := self._kinds.get(below)) is not None and kind.is_view and below not in self.shared:
+        while below.name() in FOLDS and below not in self.shared:
             below = below.next_functions[0][0]
         layer = self.layers.get(below)
         if layer is None or constant[0] is None or layer.kind.public is not LinearLRP or below in self.shared:
             return
         if layer.bias is not None or layer.kind.first == 1 or node._saved_alpha != 1:
             return
-        leaf = constant[0].next_functions[0][0] if constant[0].name() == "SplitBackward0" else constant[0]
+        leaf = constant[0].next_functions[0][0] if constant[0].name() in SPLITS else constant[0]
         if getattr(leaf, "variable", None) is None or leaf.variable.dim() != 1:
             return
         bias = self.constant(constant, leaf.variable)
         if bias is not None and len(bias) == below._input_metadata[0].shape[-1]:
-            layer.bias = bias
+            layer.bias, layer.top = bias, node
             self.merged.add(node)
 
     def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
@@ -418,12 +424,16 @@ class Walk:
             return below.mT
         if below is not None and name == "RepeatBackward0":
             return below.repeat(node._saved_repeats)
-        if below is not None and name == "SplitBackward0":
-            return below.split(node._saved_split_size, node._saved_dim)[number]
+        if below is not None and name in SPLITS:
+            sizes = node._saved_split_size if name == "SplitBackward0" else list(node._saved_split_sizes)
+            return below.split(sizes, dimension(node._saved_dim, below))[number]
         self.miss()
         raise UnsupportedLayer(f"a bias that is made by {name}, of which LRP cannot tell the value")
 
 
+SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
+FOLDS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+"""What only folds dimensions together or apart."""
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
     "SigmoidBackward0": torch.logit,
     "TanhBackward0": torch.atanh,
