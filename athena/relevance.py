@@ -21,7 +21,7 @@ from athena.propagation.notes import Notes, tensors_in
 from athena.propagation.paths import Paths
 from athena.propagation.target import Target, described, starts_down
 from athena.propagation.trace import Trace
-from athena.propagation.walk import Refusal, Untold, Walk, within_backward
+from athena.propagation.walk import NotesNeeded, Refusal, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
 
 if TYPE_CHECKING:
@@ -137,12 +137,12 @@ def lrp(
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     explain = functools.partial(_explain, model, given, target, choice)
     again = functools.partial(_again, explain, device, drawn, traced=True)
-    missed: Untold | None = None
+    missed: NotesNeeded | None = None
     try:
         try:
             found = explain(choice.absolute is not False)
-        except Untold as untold:
-            missed = untold.with_traceback(None)
+        except NotesNeeded as needed_notes:
+            missed = needed_notes.with_traceback(None)
         if missed is not None:
             found = _again(explain, device, drawn, zeros=missed.zeros)
     except Refusal as refusal:
@@ -161,8 +161,8 @@ def _again(
     try:
         with _random_numbers(device, *drawn):
             return explain(True, traced, zeros or None)
-    except Untold as untold:
-        if zeros or not untold.zeros:
+    except NotesNeeded as needed_notes:
+        if zeros or not needed_notes.zeros:
             raise
     return _again(explain, device, drawn, traced, zeros=True)
 
@@ -221,7 +221,7 @@ def _explain(
                 account.start(relevance, starts, walk.zeros)
             walk.explore([out for out, _ in starts], places)
             if walk.gives_to_zeros and not walk.zeros:
-                raise Untold(zeros=True)
+                raise NotesNeeded(zeros=True)
             del output
             found = within_backward(walk, starts) if notes.packs else walk.run(starts)
     if not found:

@@ -197,7 +197,7 @@ class Guidance:
                 else:
                     walk.run(starts)
             scaling.layers = len(scaling.relevance)
-        self._takes_notes = notes.needed or walk.missed_notes or self._zeros
+        self._takes_notes = notes.needed or walk.uses_notes or self._zeros
 
     def _guided_layers(self, notes: Notes, output: Any) -> tuple[Walk, Scaling, list[Layer]]:
         outputs, signals = tensors_in(output), self._signals

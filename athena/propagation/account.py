@@ -70,14 +70,14 @@ class Account:
         """Books what came to an operation and did not go on to its operands, if it has constant ones."""
         ways = node.next_functions
         call = self.trace.call_of(node)
-        every = len(ways) > 1 and all(below in walk.bears for below, _ in ways)  # numbers have no way of their own
+        every = len(ways) > 1 and all(below in walk.relevant for below, _ in ways)  # numbers have no way of their own
         if node in walk.merged or call is None or call.out is None or (every and not walk.zeros):
             return
         z = nonzero(call.out) if walk.zeros else call.out
         came = sum(total(z * d) for d in given if d is not None)
         went = 0.0
         for way, down in zip(ways, downs, strict=False):
-            if down is not None and way[0] in walk.bears:
+            if down is not None and way[0] in walk.relevant:
                 if way not in call.operands:  # a part of a function that calls others
                     return
                 x = call.operands[way]

@@ -96,9 +96,9 @@ class ActivationLRP(LRPLayer):
         (d,), x = given, walk.input(node)
         assert d is not None
         kind = node.name().partition("Backward")[0]
-        if x is None or len([1 for below, _ in node.next_functions if below in walk.bears]) != 1:
+        if x is None or len([1 for below, _ in node.next_functions if below in walk.relevant]) != 1:
             walk.refuse(node)
-        walk.know(node, x)
+        walk.remember_input(node, x)
         if kind in cls.ratios and not walk.zeros:
             return (d * cls.ratios[kind](node, x),)
         function = cls.functions.get(kind) or (lambda node, x: x * cls.ratios[kind](node, x))

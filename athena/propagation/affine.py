@@ -105,7 +105,7 @@ class Layer:
     def constant(self, walk: "Walk") -> Tensor | None:
         """The bias, in a shape that adds to ``z``, with what was merged into the layer."""
         bias, edge = self.bias, self.kind.bias_edge(self.node)
-        if bias is None and (edge is None or edge[0] not in walk.bears):
+        if bias is None and (edge is None or edge[0] not in walk.relevant):
             bias = self.note.bias if self.note is not None else walk.constant(edge, self.w)
         constant = None if bias is None else self.kind.channels(self, bias.detach())
         if self.scale is None or self.shift is None:
@@ -180,7 +180,7 @@ class AffineLRP(LRPLayer):
         z = layer.z if layer.z is not None else walk.values.pop(layer.node, None)
         if z is None and layer.note is not None and layer.bias is None:
             z = layer.note.output()
-        walk.missed_notes |= z is None or (layer.note is not None and z is layer.note.z)
+        walk.uses_notes |= z is None or (layer.note is not None and z is layer.note.z)
         if z is None:
             layer.find_weight(walk)
             z, constant = cls.apply(layer, layer.a, layer.w), layer.constant(walk)
@@ -198,22 +198,24 @@ class AffineLRP(LRPLayer):
         ways = node.next_functions
         downs: list[Tensor | None] = [None] * len(ways)
         place = cls.first + layer.place
-        goes_on = ways[place][0] in walk.bears
+        goes_on = ways[place][0] in walk.relevant
         s: Any = d
         if layer.reads and not (layer.passes or layer.finished):
             s = cls.at(walk, layer, d, goes_on)
         if goes_on:
             finished = layer.finished or isinstance(s, tuple)
             downs[place] = (s[0] if isinstance(s, tuple) else s) if finished else cls.pull(layer, s, layer.w)
-        if cls.first and ways[0][0] in walk.bears:  # what is added and depends on the input gets its share of the sum
+        if (
+            cls.first and ways[0][0] in walk.relevant
+        ):  # what is added and depends on the input gets its share of the sum
             downs[0] = d * node._saved_beta
         return downs
 
     @classmethod
     def shared(cls, walk: "Walk", node: Any, d: Tensor) -> Sequence[Tensor | None]:
         """AttnLRP's uniform rule for a product of two factors, proposition 3.3 of Achtibat et al. 2024."""
-        first = node.next_functions[cls.first][0] in walk.bears
-        second = node.next_functions[cls.first + 1][0] in walk.bears
+        first = node.next_functions[cls.first][0] in walk.relevant
+        second = node.next_functions[cls.first + 1][0] in walk.relevant
         downs = list(node(d))
         if first and second:
             for place in (cls.first, cls.first + 1):

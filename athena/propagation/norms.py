@@ -21,6 +21,11 @@ def _without_mean(s: Tensor, dims: tuple[int, ...]) -> Tensor:
     return s.sub_(s.mean(dims, keepdim=True))
 
 
+def epsilon_of(node: Any) -> float:
+    """What batch norm adds to the variance; cuDNN's and MIOpen's nodes have another name for it."""
+    return float(node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon)
+
+
 class BatchNormLRP(LRPLayer):
     """Batch norm, and instance norm, which PyTorch runs as batch norm of more channels."""
 
@@ -39,7 +44,7 @@ class BatchNormLRP(LRPLayer):
             if walk.account is not None:
                 book(walk, node, down, node._saved_input, d, cls.bias(walk, node, d), shape)
             return [down, *none]
-        scale = (node._saved_running_var + node._saved_eps).rsqrt()
+        scale = (node._saved_running_var + epsilon_of(node)).rsqrt()
         scale = scale if weight is None else scale * weight
         layer = walk.layers.get(node.next_functions[0][0])
         if layer is not None and walk.merges and merged(layer):
@@ -48,7 +53,7 @@ class BatchNormLRP(LRPLayer):
         if walk.account is not None:
             bias, shift = cls.bias(walk, node, d), -node._saved_running_mean * scale
             book(walk, node, down, x, d, shift if bias is None else bias + shift, shape)
-        walk.know(node, x)
+        walk.remember_input(node, x)
         return [down, *none]
 
     @classmethod
@@ -105,7 +110,7 @@ class NormalisationLRP(LRPLayer):
         if walk.account is not None:
             shift = node._saved_bias
             book(walk, node, down, x, d, shift, (1,) if shift is None else shift.shape)
-        walk.know(node, x)
+        walk.remember_input(node, x)
         return [down, *[None] * (len(node.next_functions) - 1)]
 
 

@@ -85,7 +85,7 @@ class AdditionLRP(LRPLayer):
         """The gradient; a sum of zeros shares what a rule has given to it equally."""
         (d,) = given
         if walk.zeros and d is not None:
-            z, operands = walk.output(node), sum(below in walk.bears for below, _ in node.next_functions)
+            z, operands = walk.output(node), sum(below in walk.relevant for below, _ in node.next_functions)
             if z is not None and operands > 1:
                 given = [torch.where(z == 0, d / operands, d)]
         return super().down(walk, node, given)

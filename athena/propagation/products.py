@@ -30,7 +30,7 @@ class ProductLRP(LRPLayer):
         """The gradient to a single factor, half of it to each of two."""
         downs = list(node(*given))
         (left, _), (right, _) = node.next_functions
-        if left in walk.bears and right in walk.bears:
+        if left in walk.relevant and right in walk.relevant:
             if is_linear_in_all_of(walk, node.next_functions[0], node.next_functions[1]):
                 downs[1] = None
             elif is_linear_in_all_of(walk, node.next_functions[1], node.next_functions[0]):
@@ -51,7 +51,7 @@ def is_linear_in_all_of(walk: "Walk", edge: Any, other: Any) -> bool:
     node, _ = edge
     while node is not None:
         kind = layer_of_kind(node.name())
-        ways = [way for way in node.next_functions if way[0] in walk.bears]
+        ways = [way for way in node.next_functions if way[0] in walk.relevant]
         if kind is None or len(ways) != 1 or node.name() not in SCALING:
             break
         multiples.add(ways[0])
@@ -66,7 +66,7 @@ def is_linear_in_all_of(walk: "Walk", edge: Any, other: Any) -> bool:
         kind = layer_of_kind(node.name())
         if looked > 30 or kind is None or not kind.is_elementwise:
             return False
-        ahead.extend(way for way in node.next_functions if way[0] in walk.bears)
+        ahead.extend(way for way in node.next_functions if way[0] in walk.relevant)
     return len(found) == 1
 
 
@@ -98,14 +98,14 @@ class ReciprocalLRP(LRPLayer):
         walk.refuse(node)
 
 
-def makes_a_divisor(node: Any, bears: Any) -> bool:
+def makes_a_divisor(node: Any, relevant: Any) -> bool:
     """Whether the operation divides by what depends on the input, with nothing else that does."""
     kind = node.name()
     if kind in ("ReciprocalBackward0", "RsqrtBackward0"):
         return True
     if kind == "PowBackward0":
         return bool(node._saved_exponent < 0)
-    return kind == "DivBackward0" and node.next_functions[0][0] not in bears
+    return kind == "DivBackward0" and node.next_functions[0][0] not in relevant
 
 
 class LengthLRP(LRPLayer):
@@ -180,7 +180,7 @@ class AttentionLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients, each times its share."""
-        query, key, value = (way[0] in walk.bears for way in node.next_functions[:3])
+        query, key, value = (way[0] in walk.relevant for way in node.next_functions[:3])
         if walk.account is not None:
             operands = node._saved_query, node._saved_key, node._saved_value
             z = node._saved_output

@@ -22,7 +22,7 @@ from athena.propagation.products import makes_a_divisor
 from athena.propagation.trace import Trace
 from athena.rules import RuleChoice
 
-__all__ = ["Refusal", "Untold", "Walk", "within_backward"]
+__all__ = ["NotesNeeded", "Refusal", "Walk", "within_backward"]
 
 Wanted = Callable[[str, type[AffineLRP]], float]
 
@@ -42,7 +42,7 @@ class Refusal(UnsupportedLayer):
         super().__init__(self.sentence)
 
 
-class Untold(Exception):
+class NotesNeeded(Exception):
     """The graph does not tell what relevance needs to know, and it was not noted down.
 
     Attributes:
@@ -64,24 +64,24 @@ class Walk:
         wanted: in training, the factor of an affine layer by its path and LRP layer, 0 where it is not guided. None
             where it is the input that is explained.
         take: is called with each layer wanted and its relevance, from the top down.
-        account: where to book what each operation holds and absorbs, or None.
-        is_complete: whether notes were taken, or cannot be; else `Untold` is raised where they are missed.
+        account: records what each operation holds and absorbs, or None.
+        is_complete: whether notes were taken, or cannot be; else `NotesNeeded` is raised if any are missed.
 
     Attributes:
-        bears: the nodes that relevance may come to: those that depend on the input, or in training on a guided layer.
-        divisors: the nodes that are constant factors by rule, though they depend on it: reciprocals and their kin.
-        layers: by node, the affine layers still to come.
+        relevant: nodes that relevance may come to: they depend on the input, or in training on a guided layer.
+        divisors: nodes that only divide, such as reciprocals; though they depend on the input, they get no relevance.
+        layers: the affine layers that relevance has not reached yet, by node.
         shared: nodes whose output more than one operation reads.
-        values: outputs of nodes that have come to light, still to be used.
-        rectified: likewise, outputs of ReLUs that stand in for the outputs of the nodes below them.
-        scores: inputs of softmax, but for a constant, for the account.
+        values: outputs of nodes that an operation above has saved, until they are used.
+        rectified: outputs of ReLUs that serve as the outputs of the nodes below them, until they are used.
+        scores: inputs of softmax, up to a constant, for the account.
         merged: additions of a bias that are part of the layer below them.
-        missed_notes: whether something had to be computed once more that notes would have told, or they did tell it.
+        uses_notes: whether notes were used, or would have saved a computation.
         has_reentrant_checkpoint: whether a part of the forward pass is hidden in a checkpoint.
         merges: whether batch norm in eval mode is merged into the layer below it.
         zeros: whether neurons that are 0 may have relevance.
-        gives_to_zeros: whether a layer that stands on others has a rule by which they do.
-        reaches_zeros: whether any layer has.
+        gives_to_zeros: whether a layer that stands on others has a rule that gives them relevance.
+        reaches_zeros: whether any layer has such a rule.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Walk:
         self.notes, self.paths, self.rules, self.wanted, self.take = notes, paths, rules, wanted, take
         self.account, self.merges, self.zeros = account, wanted is None, notes.zeros
         self.gives_to_zeros = self.reaches_zeros = False
-        self.bears: set[Any] = set()
+        self.relevant: set[Any] = set()
         self.divisors: set[Any] = set()
         self.layers: dict[Any, Layer] = {}
         self.shared: set[Any] = set()
@@ -108,7 +108,7 @@ class Walk:
         self.notes_of: dict[Any, Note] = {}
         self.order: list[Any] = []
         self._ds: dict[Any, Tensor] = {}
-        self.missed_notes = self.has_reentrant_checkpoint = False
+        self.uses_notes = self.has_reentrant_checkpoint = False
         self._views: dict[Any, Any] = {}
         self._kinds: dict[Any, type[LRPLayer] | None] = {}
         self._is_complete = is_complete
@@ -117,13 +117,19 @@ class Walk:
     # Before relevance comes down
 
     def explore(self, outputs: Iterable[Tensor], sources: Iterable[Any] = ()) -> None:
-        """Finds the order of the nodes, the affine layers, and who bears relevance.
+        """Finds the order of the nodes, the affine layers, and the nodes that relevance may come to.
 
         Args:
             outputs: of the model, with their graph.
             sources: the nodes of the tensors to explain.
         """
-        calls, order, kinds, bears, divisors = self.notes.calls, self.order, self._kinds, self.bears, self.divisors
+        calls, order, kinds, relevant, divisors = (
+            self.notes.calls,
+            self.order,
+            self._kinds,
+            self.relevant,
+            self.divisors,
+        )
         self._sources = goals = set(sources)
         ahead = [out.grad_fn for out in outputs if out.grad_fn is not None]
         entered, done, read = set[Any](), set[Any]((None,)), set[Any]()
@@ -148,21 +154,21 @@ class Walk:
             order.append(node)
             kind = kinds[node]
             if node in goals:
-                bears.add(node)
+                relevant.add(node)
                 continue
             if kind is not None and kind.is_affine and self._find_layer(node, kind):
-                bears.add(node)
+                relevant.add(node)
                 below_layer.add(node)
                 continue
-            lower_bears = [below for below, _ in node.next_functions if below in bears]
-            if lower_bears:
-                if makes_a_divisor(node, bears):
+            lower_relevant = [below for below, _ in node.next_functions if below in relevant]
+            if lower_relevant:
+                if makes_a_divisor(node, relevant):
                     divisors.add(node)
                     continue
-                bears.add(node)
-                if len(lower_bears) == 1 and node.name() == "AddBackward0":
-                    self._find_bias(node, lower_bears[0])
-                if not below_layer.isdisjoint(lower_bears):
+                relevant.add(node)
+                if len(lower_relevant) == 1 and node.name() == "AddBackward0":
+                    self._find_bias(node, lower_relevant[0])
+                if not below_layer.isdisjoint(lower_relevant):
                     below_layer.add(node)
             elif divisors and any(below in divisors for below, _ in node.next_functions):
                 divisors.add(node)
@@ -171,7 +177,7 @@ class Walk:
             self.notes.learn(order)
 
     def _operands(self, node: Any, kind: Any, note: Note | None) -> list[Any]:
-        """The nodes to look at below `node` for what bears relevance: not weights and biases that are leaves."""
+        """The nodes below `node` that may depend on the input: not weights and biases that are leaves."""
         ways = node.next_functions
         if kind is None:
             self.has_reentrant_checkpoint |= node.name() == "CheckpointFunctionBackward"
@@ -179,7 +185,7 @@ class Walk:
             if note is not None:
                 self.notes_of[node] = note
                 is_leaf_weight = note.weight is not None and note.weight.grad_fn is None
-                self.missed_notes |= not is_leaf_weight
+                self.uses_notes |= not is_leaf_weight
                 if note.weight is not None and (is_leaf_weight or self.wanted is not None):
                     return [] if (lower := ways[kind.first][0]) is None else [lower]
             goals = self._sources
@@ -193,9 +199,9 @@ class Walk:
         return [lower for lower, _ in ways if lower is not None]
 
     def _find_layer(self, node: Any, kind: Any) -> bool:
-        """Whether the product bears relevance; it is a layer where one of its factors does not."""
-        bears, ways = self.bears, node.next_functions
-        first, second = ways[kind.first][0] in bears, ways[kind.first + 1][0] in bears
+        """Whether relevance may come to the product, which is a layer if it does not come to one of its factors."""
+        relevant, ways = self.relevant, node.next_functions
+        first, second = ways[kind.first][0] in relevant, ways[kind.first + 1][0] in relevant
         if first and second:
             return True
         note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
@@ -214,7 +220,7 @@ class Walk:
                 if not (first or second) and self._path_below(ways[kind.first + place][0]) is not None:
                     wanted = 0.0  # a product of parameters alone, as a weight is computed from them
         if not (first or second or wanted):
-            return kind.first == 1 and ways[0][0] in bears
+            return kind.first == 1 and ways[0][0] in relevant
         is_first = ways[kind.first + place][0] not in self._above_layers
         module = self.paths.module_at(path or "") if self.rules.asks_for_paths else None
         rule = self.rules.of(path or "", module, kind.public is ConvolutionalLRP, is_first)
@@ -282,7 +288,7 @@ class Walk:
         Raises:
             Refusal: it came to an operation that it cannot pass.
         """
-        order, bears, divisors, kinds = self.order, self.bears, self.divisors, self._kinds
+        order, relevant, divisors, kinds = self.order, self.relevant, self.divisors, self._kinds
         found: dict[Any, Tensor] = {}
         ds, account, lets_go = self._ds, self.account, self.wanted is None
         while starts:
@@ -292,7 +298,7 @@ class Walk:
             node = order.pop()
             kind, is_source = kinds.pop(node), node in self._sources
             d = ds.pop((node, 0), None)
-            if node not in bears:
+            if node not in relevant:
                 if d is not None and node in divisors:
                     self.refuse(node)
             elif is_source:
@@ -315,18 +321,18 @@ class Walk:
                     except Refusal:
                         raise
                     except UnsupportedLayer as error:
-                        self.miss()
+                        self.require_notes()
                         raise Refusal(node, self.notes, str(error)) from None
                     if account is not None and kind.constants_keep:
                         account.measure(self, node, given, downs)
                     for way, down in zip(node.next_functions, downs, strict=False):
-                        if down is not None and way[0] in bears:
+                        if down is not None and way[0] in relevant:
                             if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
                                 down = down.sum_to_size(shape)
                             ds[way] = ds[way] + down if way in ds else down
                     downs = down = None  # type: ignore[assignment]
             if lets_go:  # with the last reference to a node goes what it has saved; those above have been passed
-                bears.discard(node)
+                relevant.discard(node)
                 for noted in (self.values, self.notes_of, self._views, self.layers):
                     if noted:
                         noted.pop(node, None)
@@ -353,16 +359,16 @@ class Walk:
             node = self._views.get(node, node)
         return torch.Size(node._input_metadata[0].shape)
 
-    def miss(self) -> None:
+    def require_notes(self) -> None:
         """Raises where notes are missed that could have been taken."""
         if not self._is_complete:
-            raise Untold
+            raise NotesNeeded
 
     def refuse(self, node: Any) -> NoReturn:
         """Raises where relevance came to a node that cannot pass it."""
-        self.miss()
+        self.require_notes()
         below = node
-        while below in self.divisors and not makes_a_divisor(below, self.bears):
+        while below in self.divisors and not makes_a_divisor(below, self.relevant):
             below = next(way[0] for way in below.next_functions if way[0] in self.divisors)
         raise Refusal(below, self.notes)
 
@@ -373,7 +379,7 @@ class Walk:
         kind = self._kinds.get(node)
         return kind is not None and kind.is_view and node not in self.shared
 
-    def know(self, node: Any, x: Tensor) -> None:
+    def remember_input(self, node: Any, x: Tensor) -> None:
         """Takes note that the first operand of `node` is `x`."""
         below, number = node.next_functions[0]
         if number == 0 and self.reads_value(below):
@@ -383,17 +389,17 @@ class Walk:
         """The input of an activation, if there is a way to tell."""
         note = self.notes_of.pop(node, None)
         if note is not None and note.a is not None:
-            self.missed_notes = True
+            self.uses_notes = True
             return note.a
         name = node.name()
         if name in INVERSES:
             if name != "SqrtBackward0":
-                self.missed_notes = True
+                self.uses_notes = True
                 layer = self.layers.get(node.next_functions[0][0])
                 if layer is not None and layer.node not in self.shared:
                     layer.z = layer.kind.output(self, layer)
                     return layer.z
-                self.miss()
+                self.require_notes()
             return INVERSES[name](node._saved_result)
         saved = getattr(node, "_saved_self", None)
         return saved.detach() if isinstance(saved, Tensor) else None
@@ -427,7 +433,7 @@ class Walk:
         if below is not None and name in SPLITS:
             sizes = node._saved_split_size if name == "SplitBackward0" else list(node._saved_split_sizes)
             return below.split(sizes, dimension(node._saved_dim, below))[number]
-        self.miss()
+        self.require_notes()
         raise UnsupportedLayer(f"a bias that is made by {name}, of which LRP cannot tell the value")
 
 
