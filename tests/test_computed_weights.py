@@ -102,3 +102,44 @@ def test_cross_attention_with_biases_conserves(batch_first: bool, rule: Rule) ->
     table = explained.conservation()
     kept = table["bias"].sum() + table["stabiliser"].sum()
     assert explained.input.sum().item() + kept == pytest.approx(explained.output.sum().item(), rel=1e-9)
+
+
+def test_a_factor_may_be_set_between_two_steps_and_is_checked() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        found = model[0].weight.grad
+        assert found is not None
+        return found.clone()
+
+    plain = gradient()
+    with athena.Guidance(model, factor=0.7) as guidance:
+        guided = gradient()
+        guidance.factor = 0.0
+        assert torch.equal(gradient(), plain)
+        guidance.factor = 0.7
+        assert torch.equal(gradient(), guided)
+        with pytest.raises(TypeError, match="finite"):
+            guidance.factor = float("nan")
+        with pytest.raises(ValueError, match="lines"):
+            guidance.scope = "lines"
+        assert torch.equal(gradient(), guided)
+
+
+def test_a_backward_hook_on_a_layer_passes_relevance_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    x, labels = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 2, 1, 1])
+    found = []
+    for hooked in (False, True):
+        if hooked:
+            model[2].register_full_backward_hook(lambda module, below, above: None)
+        model.zero_grad()
+        with athena.Guidance(model, factor=0.7):
+            F.cross_entropy(model(x), labels).backward()
+        found.append((model[0].weight.grad, model[2].weight.grad, athena.lrp(model, x).input))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)

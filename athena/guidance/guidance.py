@@ -117,13 +117,31 @@ class Guidance:
 
     @property
     def factor(self) -> float | Mapping[str, float]:
-        """The LRP factor, as it was given."""
+        """The LRP factor. It may be set between two steps, and is checked as at the start."""
         return self._factors.factor
+
+    @factor.setter
+    def factor(self, factor: float | Mapping[str, float]) -> None:
+        self._factors = Factors(factor, self.scope, self.model)
 
     @property
     def scope(self) -> str | Sequence[str]:
-        """The guided layers, as they were given."""
+        """The guided layers. They may be set between two steps, and are checked as at the start."""
         return self._factors.scope
+
+    @scope.setter
+    def scope(self, scope: str | Sequence[str]) -> None:
+        self._factors = Factors(self.factor, scope, self.model)
+
+    @property
+    def normalise(self) -> str | None:
+        """How relevance is normalised."""
+        return self._signals.normalise
+
+    @property
+    def granularity(self) -> str:
+        """Over what relevance is averaged."""
+        return self._signals.granularity
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of a guided model is not guided: its copy of this object does nothing."""

@@ -45,7 +45,7 @@ class SelectionLRP(LRPLayer):
     kinds = _each(
         "Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Take MaskedSelect Narrow Diagonal Expand",
         "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle",
-        "ChannelShuffle AsStrided BackwardHookFunction",
+        "ChannelShuffle AsStrided",
     )
 
 
@@ -137,3 +137,15 @@ class CopyIntoPartLRP(LRPLayer):
         if node not in walk.notes.copies:
             raise UnsupportedLayer("a change of a part of a tensor in place")
         return super().down(walk, node, given)
+
+
+class IdentityLRP(LRPLayer):
+    """PyTorch's own custom functions that pass on what they are given: backward hooks of a module, and DDP's sink."""
+
+    has_many_outputs = True
+    kinds = ("BackwardHookFunction", "_DDPSink")
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The same; their nodes cannot be called."""
+        return given
