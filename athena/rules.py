@@ -9,7 +9,7 @@ weighed differently (`Gamma`, `AlphaBeta`, `ZPlus`), or something that does not 
 `Flat`). The bias takes part in the sum and keeps its share. Which rule suits which layer: Montavon et al. 2019,
 "Layer-Wise Relevance Propagation: An Overview"; its advice is what the presets at the end give.
 
-A rule declares and divides; `athena.layers` runs the sums over the network's own operations.
+A rule declares and divides; `athena.propagation.affine` runs the sums over the network's own operations.
 """
 
 import ast

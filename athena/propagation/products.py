@@ -109,14 +109,9 @@ def makes_a_divisor(node: Any, relevant: Any) -> bool:
 
 
 class LengthLRP(LRPLayer):
-    """A norm over dimensions, to divide by; as a summand its relevance is refused."""
+    """A norm over dimensions: homogeneous of degree one, so that gradient times input is the length itself."""
 
     kinds = ("LinalgVectorNorm", "Norm")
-
-    @classmethod
-    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """A length is homogeneous of degree one: gradient times input is the length itself."""
-        return super().down(walk, node, given)
 
 
 class GatedLRP(LRPLayer):
