@@ -1,33 +1,35 @@
 """The examples of CONTRIBUTING.md do what it says."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import athena
 from athena import data, experiments, models, rules
 from athena.experiments import controls
 from athena.experiments.data import originals
+from athena.propagation import layer, passing, products
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf8")
 
 
-def example(title: str) -> str:
-    """The first block of code under a heading."""
-    found = re.search(rf"## {title}\n.*?```\w+\n(.*?)```", TEXT, re.DOTALL)
-    assert found is not None
-    return found[1]
+def example(title: str, number: int = 0) -> str:
+    """A block of code under a heading, the first unless told."""
+    section = TEXT.split(f"## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"```\w+\n(.*?)```", section, re.DOTALL)[number]
 
 
-def added_to(module: ModuleType, title: str) -> dict[str, Any]:
+def added_to(module: ModuleType, title: str, number: int = 0) -> dict[str, Any]:
     """What the module would hold with the example in it."""
     names = dict(vars(module))
-    exec(example(title), names)
+    exec(example(title, number), names)
     return names
 
 
@@ -42,6 +44,45 @@ def test_the_rule_shares_out_by_the_strength_of_connections() -> None:
 def test_the_node_of_an_operation_has_the_name_that_is_told() -> None:
     found = re.search(r"^(torch\.rand.*)  # \"(\w+)\"$", example("An operation"), re.MULTILINE)
     assert found is not None and eval(found[1]) == found[2]
+
+
+class Of(nn.Module):
+    """A function of what a layer of weights makes of an input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(3, 4, dtype=torch.float64), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test adds to the kinds of graph nodes is gone after it."""
+    monkeypatch.setattr(layer, "_LAYERS", dict(layer._LAYERS))
+    monkeypatch.setattr(layer, "_BY_NAME", {})
+
+
+@pytest.mark.usefixtures("kinds")
+def test_the_operation_gives_the_same_share_to_each_of_its_factors() -> None:
+    model, x = Of(lambda z: z.prod(1, keepdim=True)), torch.rand(2, 3, dtype=torch.float64)
+    added_to(products, "An operation", 1)
+    explained = athena.lrp(model, x, rule=rules.Zero())
+    start = explained.output.expand(2, 4)
+    assert torch.allclose(explained.layers["layer"], start / 4)
+    expected = start / 4 / model.layer(x) @ model.layer.weight * x
+    assert torch.allclose(explained.input, expected)
+
+
+@pytest.mark.usefixtures("kinds")
+def test_a_linear_operation_is_a_name_among_the_kinds_of_a_class() -> None:
+    model, x = Of(lambda z: z.cumsum(1)), torch.rand(2, 3, dtype=torch.float64)
+    found = re.search(r"`(\w+)` would go into those of `(\w+)`", TEXT)
+    assert found is not None
+    type("Longer", (getattr(passing, found[2]),), {"kinds": (found[1],)})
+    explained = athena.lrp(model, x, target=3, rule=rules.Zero())  # the last total is of all four
+    assert torch.allclose(explained.layers["layer"], model.layer(x))
 
 
 @pytest.mark.usefixtures("no_network", "data_folder")
