@@ -50,6 +50,7 @@ class LRPLayer:
 
     def __init_subclass__(cls) -> None:
         _LAYERS.update(dict.fromkeys(vars(cls).get("kinds", ()), cls))
+        _BY_NAME.clear()
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
