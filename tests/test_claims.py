@@ -108,3 +108,21 @@ def test_the_means_of_the_arms_are_over_shares_and_seeds() -> None:
     own = frame.query("arm == 'smoothing' and protocol == 'OneCycle'")
     assert len(means) == 20
     assert means.loc[("smoothing", "OneCycle"), "mean"] == pytest.approx(own["accuracy"].mean())
+
+
+@pytest.mark.parametrize(
+    "true_class, with_smoothing, helps, worth_using",
+    [(1.0, 0.2, True, False), (1.0, 0.4, True, True), (0.0, 0.4, False, True), (-1.0, -1.0, False, False)],
+)
+def test_the_conclusions_are_those_of_the_plan(
+    true_class: float, with_smoothing: float, helps: bool, worth_using: bool
+) -> None:
+    table = decisive.contrasts(
+        measured({"R of the true class": true_class, "smoothing and R of the true class": with_smoothing})
+    )
+    assert decisive.conclusions(table) == (dict.fromkeys(decisive.PROTOCOLS, helps), worth_using)
+
+
+def test_a_gain_over_the_shuffle_alone_concludes_nothing() -> None:
+    table = decisive.contrasts(measured({"R of the true class": 1.0, "gradient × activation": 1.0}))
+    assert not any(decisive.conclusions(table)[0].values())

@@ -8,7 +8,7 @@ import pandas as pd
 
 from athena.experiments import statistics
 
-__all__ = ["ARMS", "PROTOCOLS", "arms", "contrasts", "runs"]
+__all__ = ["ARMS", "PROTOCOLS", "WORTHWHILE", "arms", "conclusions", "contrasts", "runs"]
 
 PROTOCOLS = {"thesis's protocol": "constant", "OneCycle": "onecycle"}
 """The two protocols, by the schedule that tells them apart."""
@@ -31,6 +31,8 @@ CONTRASTS: dict[str, tuple[str, str, dict[str, object]]] = {
     "C": ("smoothing and R of the true class", "smoothing, equal time", {"factor": 0.0}),
 }
 """Which arm is compared with which, and what tells the second, the baseline, from the first."""
+WORTHWHILE = 0.003
+"""The least gain of contrast C, as a fraction of 1, that the plan calls worth using."""
 
 
 def runs(frame: pd.DataFrame) -> pd.DataFrame:
@@ -73,6 +75,22 @@ def contrasts(frame: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat(statistics.family(*tables), ignore_index=True)
     measured = table[["n", *table.columns[list(table.columns).index("baseline_mean") :]]]
     return pd.concat([pd.DataFrame(named), measured.loc[:, ~measured.columns.duplicated()]], axis=1)
+
+
+def conclusions(table: pd.DataFrame) -> tuple[dict[str, bool], bool]:
+    """What the plan concludes ("what counts").
+
+    Args:
+        table: as `contrasts` gives it.
+
+    Returns:
+        For each protocol, whether relevance is what helps: contrasts A and B are both gains. And whether it is worth
+        using: C is a gain of at least `WORTHWHILE` under OneCycle.
+    """
+    found = {(row["contrast"], row["protocol"]): statistics.verdict(row) == "gain" for _, row in table.iterrows()}
+    of_use = table[(table["contrast"] == "C") & (table["protocol"] == "OneCycle")].iloc[0]
+    helps = {protocol: found["A", protocol] and found["B", protocol] for protocol in PROTOCOLS}
+    return helps, bool(found["C", "OneCycle"] and of_use["difference"] >= WORTHWHILE)
 
 
 def arms(frame: pd.DataFrame) -> pd.DataFrame:
