@@ -18,6 +18,7 @@ from athena._imports import needed
 from athena.propagation.account import Account, Row
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
+from athena.propagation.parameters import ParameterRelevance, asking_for_gradients
 from athena.propagation.paths import Paths
 from athena.propagation.target import Target, described, starts_down
 from athena.propagation.trace import Trace
@@ -34,8 +35,8 @@ class Relevance:
     """What `lrp` returns.
 
     Beside the model and `x` themselves it holds no more than input and output. `layers` and `conservation` explain once
-    more, when one of them is first asked for, and are kept from then on. Until then the model and `x` have to stay as
-    they were.
+    more, when one of them is first asked for, and are kept from then on; so does `parameters`. Until then the model and
+    `x` have to stay as they were.
 
     Attributes:
         input: relevance of the input, in its shape and dtype; a tuple where there were several.
@@ -49,12 +50,16 @@ class Relevance:
 
     @cached_property
     def _account(self) -> "_Explanation":
-        found = self._again()
+        return self._explained_again()
+
+    def _explained_again(self, **asked: bool) -> "_Explanation":
+        found = self._again(**asked)
         for part, before, now in zip(found.inputs, self._sizes, _sizes(found.inputs), strict=True):
             if not torch.allclose(now, before, rtol=torch.finfo(part.dtype).eps ** 0.5, atol=0.0, equal_nan=True):
                 raise RuntimeError(
                     "the model explains this input differently by now, so what its layers held can no longer be told: "
-                    "ask for layers or conservation() before it is trained on or changed, or explain it anew"
+                    "ask for layers, parameters or conservation() before it is trained on or changed, or explain it "
+                    "anew"
                 )
         return found
 
@@ -69,6 +74,27 @@ class Relevance:
             RuntimeError: the model, or the input, has changed since the explanation.
         """
         return self._account.layers
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The relevance of each parameter by its name in ``named_parameters()``, in its shape and order.
+
+        A weight of an affine layer has what passed through it, ``w a^T s``, or what its rule says instead; its bias
+        has what it absorbed. With what the stabiliser absorbed they sum to the relevance of the layer's output. All is
+        summed over the batch and over every use of the parameter. Other operations with parameters are held alike: the
+        weight and bias of a norm, an embedding of positions that is added, a class token. Weights that are computed, as
+        by weight norm, give each parameter itself times its gradient.
+
+        Where batch norm in eval mode is merged into the layer below it, as under any rule but LRP-0, the layer's weight
+        has what passed through both, the bias of the batch norm what all constants of both absorbed (the layer's own
+        bias where the norm has none), and the weight of the norm, a factor of the layer's, is not listed.
+        Parameters that no relevance came to are not listed either. Frozen ones are listed; they ask for gradients while
+        the model is explained once more, for which the first use of this attribute pays.
+
+        Raises:
+            RuntimeError: the model, or the input, has changed since the explanation.
+        """
+        return self._explained_again(parameters=True).parameters
 
     def conservation(self) -> "pandas.DataFrame":
         """Where the relevance went, summed over the batch in float64, from the output down.
@@ -156,15 +182,16 @@ def _again(
     drawn: tuple[Tensor, Tensor | None],
     traced: bool = False,
     zeros: bool = False,
+    **asked: bool,
 ) -> "_Explanation":
     """Explains with the random numbers from before, and notes down what the graph does not tell."""
     try:
         with _random_numbers(device, *drawn):
-            return explain(True, traced, zeros or None)
+            return explain(True, traced, zeros or None, **asked)
     except NotesNeeded as needed_notes:
         if zeros or not needed_notes.zeros:
             raise
-    return _again(explain, device, drawn, traced, zeros=True)
+    return _again(explain, device, drawn, traced, zeros=True, **asked)
 
 
 class _Explanation(NamedTuple):
@@ -173,13 +200,14 @@ class _Explanation(NamedTuple):
     Attributes:
         inputs: the relevance of each input.
         output: that of the output.
-        layers, rows: of the account, where there is one.
+        layers, rows, parameters: of the account, where there is one.
     """
 
     inputs: tuple[Tensor, ...]
     output: Any
     layers: dict[str, Tensor]
     rows: list[Row]
+    parameters: dict[str, Tensor]
 
 
 def _explain(
@@ -190,6 +218,7 @@ def _explain(
     noted: bool = False,
     traced: bool = False,
     zeros: bool | None = None,
+    parameters: bool = False,
 ) -> _Explanation:
     """One forward pass of the model and one walk down to what it was given.
 
@@ -198,9 +227,18 @@ def _explain(
         noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
         zeros: whether neurons that are 0 may have relevance; None where the rules will tell.
+        parameters: whether the account is to hold the relevance of parameters, too.
     """
     paths, device = Paths(model), given[0].device.type
-    with torch.inference_mode(False), torch.enable_grad(), _eval_mode(paths.modules.values()), _full_precision(device):
+    weights = ParameterRelevance(model) if parameters else None
+    asking = asking_for_gradients(model) if parameters else nullcontext()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _eval_mode(paths.modules.values()),
+        _full_precision(device),
+        asking,
+    ):
         sources = [tensor.detach().requires_grad_() for tensor in given]
         settings = traced or rules.looks_at_layers, bool(rules.absolute if zeros is None else zeros), sources
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
@@ -212,7 +250,7 @@ def _explain(
                 output = model(*sources)
         else:
             output = model(*sources)
-        account = Account(notes) if isinstance(notes, Trace) else None
+        account = Account(notes, weights) if isinstance(notes, Trace) else None
         walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
@@ -235,7 +273,8 @@ def _explain(
         else (nonzero(tensor) if walk.reaches_zeros else tensor) * d
         for tensor, place in zip(given, places, strict=True)
     )
-    return _Explanation(inputs, relevance, *((account.layers, account.rows) if account is not None else ({}, [])))
+    booked = (account.layers, account.rows) if account is not None else ({}, [])
+    return _Explanation(inputs, relevance, *booked, {} if weights is None else weights.found)
 
 
 def _sentence(again: Callable[..., _Explanation], refusal: Refusal) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from athena.propagation.layer import nonzero, total
 from athena.propagation.notes import tensors_in
+from athena.propagation.parameters import ParameterRelevance
 from athena.propagation.trace import Trace
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class Account:
 
     Args:
         trace: of the forward pass.
+        parameters: collects what the model's parameters get, or None.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(self, trace: Trace, parameters: ParameterRelevance | None = None) -> None:
+        self.trace, self.parameters = trace, parameters
         self.lost: Row | None = None
         self._rows: list[tuple[int, int, Row]] = []
         self._layers: list[tuple[int, int, str, Tensor]] = []
