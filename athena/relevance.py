@@ -6,7 +6,7 @@ relevance (`athena.guidance`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from athena._imports import needed
 from athena.propagation.account import Account, Row
+from athena.propagation.inputs import Inputs, module_at
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
+from athena.propagation.outputs import ModuleOutputs
 from athena.propagation.parameters import ParameterRelevance, asking_for_gradients
 from athena.propagation.paths import Paths
-from athena.propagation.target import Target, described, starts_down
+from athena.propagation.target import Target, starts_down
 from athena.propagation.trace import Trace
 from athena.propagation.walk import NotesNeeded, Refusal, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -39,12 +41,14 @@ class Relevance:
     `x` have to stay as they were.
 
     Attributes:
-        input: relevance of the input, in its shape and dtype; a tuple where there were several.
+        input: relevance of the input, in its shape and dtype; a tuple or a dict where there were several.
         output: the relevance the pass started from, (batch, classes), or as `target` gave it.
     """
 
-    def __init__(self, found: "_Explanation", again: Callable[[], "_Explanation"], single: bool) -> None:
-        self.input: Any = found.inputs[0] if single else found.inputs
+    def __init__(
+        self, found: "_Explanation", again: Callable[..., "_Explanation"], arranged: Callable[..., Any]
+    ) -> None:
+        self.input = arranged(found.inputs)
         self.output = found.output
         self._sizes, self._again = _sizes(found.inputs), again
 
@@ -64,11 +68,12 @@ class Relevance:
         return found
 
     @cached_property
-    def layers(self) -> dict[str, Tensor]:
+    def layers(self) -> dict[str, Any]:
         """The relevance of the output of each affine layer, by module path, in forward order, in that output's shape.
 
         Weights used again in the same pass are listed as ``path#2``, ``path#3``. Where batch norm is merged into a
-        layer, it is the output of both.
+        layer, it is the output of both. Where `lrp` was given `layers`, it is these modules that are listed, a tuple
+        for one that returns several tensors.
 
         Raises:
             RuntimeError: the model, or the input, has changed since the explanation.
@@ -124,9 +129,12 @@ class Relevance:
 
 def lrp(
     model: nn.Module,
-    x: Tensor | tuple[Tensor, ...],
+    x: Tensor | tuple[Any, ...] | dict[str, Any],
     target: Target = None,
     rule: RuleFor = Epsilon(1e-6),  # noqa: B008
+    *,
+    at: str | None = None,
+    layers: Sequence[str] | None = None,
 ) -> Relevance:
     """Explains the output of `model` for `x` by layer-wise relevance propagation (thesis 3.6).
 
@@ -137,31 +145,30 @@ def lrp(
 
     Args:
         model: any module that maps a floating point tensor to (batch, classes).
-        x: (batch, ...), or a tuple of such tensors, which the model is called with one by one.
+        x: (batch, ...), or a tuple of such tensors, which the model is called with one by one, or a dict, which it is
+            called with by keyword and of which the floating point tensors are explained.
         target: what relevance to share out. None: the logit of the class predicted. An int, or integers (batch,): the
             logit of that class. ``"softmax"``: every output neuron with its probability. ``"logits"``: every output
             neuron with its logit. Or a function from the output to the relevance of each of its neurons; where the
             model returns a tuple, a list or a dict of tensors, it is given that and returns the like, with None where
-            nothing is to start.
+            nothing is to start. For an output (batch, tokens, classes), as of a language model, a pair (token, target):
+            the index of the token to explain, an int or integers (batch,), -1 for the last, and one of the above for
+            its classes. Of an output that is a dict with ``"logits"``, these are taken.
         rule: the rule of all affine layers, a preset of `athena.rules`, or a function from a layer's path and module
             to its rule.
+        at: the path of a module whose output is explained in the place of `x`, which may then hold anything, such as
+            the numbers of tokens: ``at="model.embed_tokens"``. Several outputs, or calls, give a tuple.
+        layers: the paths of modules, of any kind; the `Relevance` then has these under `layers`.
 
     Raises:
         UnsupportedLayer: relevance reached an operation that LRP has no rule for, or could not reach the input.
-        TypeError, ValueError: `x`, `target` or the model's output is not of the form above.
+        TypeError, ValueError: an argument, or the model's output, is not of the form above.
     """
-    given = x if isinstance(x, tuple) else (x,)
-    for tensor in given:
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise TypeError(
-                f"x is {described(tensor)}; lrp explains a floating point tensor (batch, ...): give an image as "
-                "x.float(), and tokens as what their embedding makes of them, to the part of the model above it"
-            )
-    with torch.inference_mode(False):
-        given = tuple(_full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
-    choice, device = RuleChoice(rule), given[0].device
+    given = Inputs(model, x, at, _full)
+    asked = None if layers is None else {path: module_at(model, path, "layers") for path in layers}
+    choice, device = RuleChoice(rule), given.device
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    explain = functools.partial(_explain, model, given, target, choice)
+    explain = functools.partial(_explain, model, given, target, choice, asked)
     again = functools.partial(_again, explain, device, drawn, traced=True)
     missed: NotesNeeded | None = None
     try:
@@ -173,7 +180,7 @@ def lrp(
             found = _again(explain, device, drawn, zeros=missed.zeros)
     except Refusal as refusal:
         raise UnsupportedLayer(_sentence(again, refusal)) from None
-    return Relevance(found, again, single=not isinstance(x, tuple))
+    return Relevance(found, again, given.arranged)
 
 
 def _again(
@@ -205,16 +212,17 @@ class _Explanation(NamedTuple):
 
     inputs: tuple[Tensor, ...]
     output: Any
-    layers: dict[str, Tensor]
+    layers: dict[str, Any]
     rows: list[Row]
     parameters: dict[str, Tensor]
 
 
 def _explain(
     model: nn.Module,
-    given: tuple[Tensor, ...],
+    given: Inputs,
     target: Target,
     rules: RuleChoice,
+    asked: dict[str, nn.Module] | None,
     noted: bool = False,
     traced: bool = False,
     zeros: bool | None = None,
@@ -224,12 +232,13 @@ def _explain(
 
     Args:
         model, given, target, rules: as for `lrp`.
+        asked: the modules whose output is asked for, or None.
         noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
         zeros: whether neurons that are 0 may have relevance; None where the rules will tell.
         parameters: whether the account is to hold the relevance of parameters, too.
     """
-    paths, device = Paths(model), given[0].device.type
+    paths, device = Paths(model), given.device.type
     weights = ParameterRelevance(model) if parameters else None
     asking = asking_for_gradients(model) if parameters else nullcontext()
     with (
@@ -239,18 +248,19 @@ def _explain(
         _full_precision(device),
         asking,
     ):
-        sources = [tensor.detach().requires_grad_() for tensor in given]
+        sources = given.sources
         settings = traced or rules.looks_at_layers, bool(rules.absolute if zeros is None else zeros), sources
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
+        outputs = None if asked is None else ModuleOutputs(asked, notes.zeros)
         if isinstance(notes, Trace):
-            with notes.watching(), notes:
-                output = model(*sources)
+            with notes.watching(), nullcontext() if outputs is None else outputs.watching(), notes:
+                output = given.call(model)
         elif noted := noted or paths.has_frozen_parameters:
             with notes:
-                output = model(*sources)
+                output = given.call(model)
         else:
-            output = model(*sources)
-        account = Account(notes, weights) if isinstance(notes, Trace) else None
+            output = given.call(model)
+        account = Account(notes, weights, outputs) if isinstance(notes, Trace) else None
         walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
@@ -263,16 +273,21 @@ def _explain(
             del output
             found = within_backward(walk, starts) if notes.packs else walk.run(starts)
     if not found:
+        where = "the input" if given.at is None else f"the output of {given.at!r}"
         raise UnsupportedLayer(
-            f"no relevance reached the input of {type(model).__name__}: its output does not depend on it through "
+            f"no relevance reached {where} of {type(model).__name__}: its output does not depend on it through "
             "operations that autograd records (a part that detaches, or is compiled or scripted?)"
         )
     inputs = tuple(
         torch.zeros_like(tensor)
         if (d := found.get(place)) is None
         else (nonzero(tensor) if walk.reaches_zeros else tensor) * d
-        for tensor, place in zip(given, places, strict=True)
+        for tensor, place in zip(map(Tensor.detach, sources), places, strict=True)
     )
+    if outputs is not None:
+        for place, d in found.items():
+            outputs.take(place, [d])
+    sources.clear()
     booked = (account.layers, account.rows) if account is not None else ({}, [])
     return _Explanation(inputs, relevance, *booked, {} if weights is None else weights.found)
 

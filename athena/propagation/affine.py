@@ -293,12 +293,12 @@ class AffineLRP(LRPLayer):
                 passed += total(whole.double() * s)
             walk.account.of_layer(layer, relevance, of_bias, total(relevance) - passed)
             if walk.account.parameters is not None:
-                terms = [] if own is None else [(a, w, own)]
+                products = [] if own is None else [(a, w, own)]
                 absorbed = [] if own is None or constant is None else [constant * own]
                 for s, row, bias in zip(others, sums.weights, sums.biases, strict=True):
-                    terms += [(x, of_x, s) for x, of_x in zip(inputs, row, strict=True)]
+                    products += [(x, of_x, s) for x, of_x in zip(inputs, row, strict=True)]
                     absorbed += [] if bias is None else [bias * s]
-                walk.account.parameters.of_layer(layer, terms, constant, absorbed)
+                walk.account.parameters.of_layer(layer, products, constant, absorbed)
         parts = []
         for place in range(len(inputs)):
             pulled = [cls.pull(layer, s, row[place]) for s, row in zip(others, sums.weights, strict=True)]

@@ -324,10 +324,7 @@ class Walk:
                         self.require_notes()
                         raise Refusal(node, self.notes, str(error)) from None
                     if account is not None:
-                        if kind.constants_keep:
-                            account.measure(self, node, given, downs)
-                        if account.parameters is not None:
-                            account.parameters.of_operation(self, node, given)
+                        account.passed(self, node, given, downs)
                     for way, down in zip(node.next_functions, downs, strict=False):
                         if down is not None and way[0] in relevant:
                             if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
