@@ -6,7 +6,7 @@ relevance (`athena.guidance`).
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from athena._imports import needed
 from athena.propagation.account import Account, Row
+from athena.propagation.inputs import Inputs, module_at
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
+from athena.propagation.outputs import ModuleOutputs
+from athena.propagation.parameters import ParameterRelevance, asking_for_gradients
 from athena.propagation.paths import Paths
-from athena.propagation.target import Target, described, starts_down
+from athena.propagation.target import Target, starts_down
 from athena.propagation.trace import Trace
 from athena.propagation.walk import NotesNeeded, Refusal, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -34,41 +37,69 @@ class Relevance:
     """What `lrp` returns.
 
     Beside the model and `x` themselves it holds no more than input and output. `layers` and `conservation` explain once
-    more, when one of them is first asked for, and are kept from then on. Until then the model and `x` have to stay as
-    they were.
+    more, when one of them is first asked for, and are kept from then on; so does `parameters`. Until then the model and
+    `x` have to stay as they were.
 
     Attributes:
-        input: relevance of the input, in its shape and dtype; a tuple where there were several.
+        input: relevance of the input, in its shape and dtype; a tuple or a dict where there were several.
         output: the relevance the pass started from, (batch, classes), or as `target` gave it.
     """
 
-    def __init__(self, found: "_Explanation", again: Callable[[], "_Explanation"], single: bool) -> None:
-        self.input: Any = found.inputs[0] if single else found.inputs
+    def __init__(
+        self, found: "_Explanation", again: Callable[..., "_Explanation"], arranged: Callable[..., Any]
+    ) -> None:
+        self.input = arranged(found.inputs)
         self.output = found.output
         self._sizes, self._again = _sizes(found.inputs), again
 
     @cached_property
     def _account(self) -> "_Explanation":
-        found = self._again()
+        return self._explained_again()
+
+    def _explained_again(self, **asked: bool) -> "_Explanation":
+        found = self._again(**asked)
         for part, before, now in zip(found.inputs, self._sizes, _sizes(found.inputs), strict=True):
             if not torch.allclose(now, before, rtol=torch.finfo(part.dtype).eps ** 0.5, atol=0.0, equal_nan=True):
                 raise RuntimeError(
                     "the model explains this input differently by now, so what its layers held can no longer be told: "
-                    "ask for layers or conservation() before it is trained on or changed, or explain it anew"
+                    "ask for layers, parameters or conservation() before it is trained on or changed, or explain it "
+                    "anew"
                 )
         return found
 
     @cached_property
-    def layers(self) -> dict[str, Tensor]:
+    def layers(self) -> dict[str, Any]:
         """The relevance of the output of each affine layer, by module path, in forward order, in that output's shape.
 
         Weights used again in the same pass are listed as ``path#2``, ``path#3``. Where batch norm is merged into a
-        layer, it is the output of both.
+        layer, it is the output of both. Where `lrp` was given `layers`, it is these modules that are listed, a tuple
+        for one that returns several tensors.
 
         Raises:
             RuntimeError: the model, or the input, has changed since the explanation.
         """
         return self._account.layers
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The relevance of each parameter by its name in ``named_parameters()``, in its shape and order.
+
+        A weight of an affine layer has what passed through it, ``w a^T s``, or what its rule says instead; its bias
+        has what it absorbed. With what the stabiliser absorbed they sum to the relevance of the layer's output. All is
+        summed over the batch and over every use of the parameter. Other operations with parameters are held alike: the
+        weight and bias of a norm, an embedding of positions that is added, a class token. Weights that are computed, as
+        by weight norm, give each parameter itself times its gradient.
+
+        Where batch norm in eval mode is merged into the layer below it, as under any rule but LRP-0, the layer's weight
+        has what passed through both, the bias of the batch norm what all constants of both absorbed (the layer's own
+        bias where the norm has none), and the weight of the norm, a factor of the layer's, is not listed.
+        Parameters that no relevance came to are not listed either. Frozen ones are listed; they ask for gradients while
+        the model is explained once more, for which the first use of this attribute pays.
+
+        Raises:
+            RuntimeError: the model, or the input, has changed since the explanation.
+        """
+        return self._explained_again(parameters=True).parameters
 
     def conservation(self) -> "pandas.DataFrame":
         """Where the relevance went, summed over the batch in float64, from the output down.
@@ -98,9 +129,12 @@ class Relevance:
 
 def lrp(
     model: nn.Module,
-    x: Tensor | tuple[Tensor, ...],
+    x: Tensor | tuple[Any, ...] | dict[str, Any],
     target: Target = None,
     rule: RuleFor = Epsilon(1e-6),  # noqa: B008
+    *,
+    at: str | None = None,
+    layers: Sequence[str] | None = None,
 ) -> Relevance:
     """Explains the output of `model` for `x` by layer-wise relevance propagation (thesis 3.6).
 
@@ -111,31 +145,30 @@ def lrp(
 
     Args:
         model: any module that maps a floating point tensor to (batch, classes).
-        x: (batch, ...), or a tuple of such tensors, which the model is called with one by one.
+        x: (batch, ...), or a tuple of such tensors, which the model is called with one by one, or a dict, which it is
+            called with by keyword and of which the floating point tensors are explained.
         target: what relevance to share out. None: the logit of the class predicted. An int, or integers (batch,): the
             logit of that class. ``"softmax"``: every output neuron with its probability. ``"logits"``: every output
             neuron with its logit. Or a function from the output to the relevance of each of its neurons; where the
             model returns a tuple, a list or a dict of tensors, it is given that and returns the like, with None where
-            nothing is to start.
+            nothing is to start. For an output (batch, tokens, classes), as of a language model, a pair (token, target):
+            the index of the token to explain, an int or integers (batch,), -1 for the last, and one of the above for
+            its classes. Of an output that is a dict with ``"logits"``, these are taken.
         rule: the rule of all affine layers, a preset of `athena.rules`, or a function from a layer's path and module
             to its rule.
+        at: the path of a module whose output is explained in the place of `x`, which may then hold anything, such as
+            the numbers of tokens: ``at="model.embed_tokens"``. Several outputs, or calls, give a tuple.
+        layers: the paths of modules, of any kind; the `Relevance` then has these under `layers`.
 
     Raises:
         UnsupportedLayer: relevance reached an operation that LRP has no rule for, or could not reach the input.
-        TypeError, ValueError: `x`, `target` or the model's output is not of the form above.
+        TypeError, ValueError: an argument, or the model's output, is not of the form above.
     """
-    given = x if isinstance(x, tuple) else (x,)
-    for tensor in given:
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
-            raise TypeError(
-                f"x is {described(tensor)}; lrp explains a floating point tensor (batch, ...): give an image as "
-                "x.float(), and tokens as what their embedding makes of them, to the part of the model above it"
-            )
-    with torch.inference_mode(False):
-        given = tuple(_full(tensor.clone() if tensor.is_inference() else tensor.detach()) for tensor in given)
-    choice, device = RuleChoice(rule), given[0].device
+    given = Inputs(model, x, at, _full)
+    asked = None if layers is None else {path: module_at(model, path, "layers") for path in layers}
+    choice, device = RuleChoice(rule), given.device
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    explain = functools.partial(_explain, model, given, target, choice)
+    explain = functools.partial(_explain, model, given, target, choice, asked)
     again = functools.partial(_again, explain, device, drawn, traced=True)
     missed: NotesNeeded | None = None
     try:
@@ -147,7 +180,7 @@ def lrp(
             found = _again(explain, device, drawn, zeros=missed.zeros)
     except Refusal as refusal:
         raise UnsupportedLayer(_sentence(again, refusal)) from None
-    return Relevance(found, again, single=not isinstance(x, tuple))
+    return Relevance(found, again, given.arranged)
 
 
 def _again(
@@ -156,15 +189,16 @@ def _again(
     drawn: tuple[Tensor, Tensor | None],
     traced: bool = False,
     zeros: bool = False,
+    **asked: bool,
 ) -> "_Explanation":
     """Explains with the random numbers from before, and notes down what the graph does not tell."""
     try:
         with _random_numbers(device, *drawn):
-            return explain(True, traced, zeros or None)
+            return explain(True, traced, zeros or None, **asked)
     except NotesNeeded as needed_notes:
         if zeros or not needed_notes.zeros:
             raise
-    return _again(explain, device, drawn, traced, zeros=True)
+    return _again(explain, device, drawn, traced, zeros=True, **asked)
 
 
 class _Explanation(NamedTuple):
@@ -173,46 +207,60 @@ class _Explanation(NamedTuple):
     Attributes:
         inputs: the relevance of each input.
         output: that of the output.
-        layers, rows: of the account, where there is one.
+        layers, rows, parameters: of the account, where there is one.
     """
 
     inputs: tuple[Tensor, ...]
     output: Any
-    layers: dict[str, Tensor]
+    layers: dict[str, Any]
     rows: list[Row]
+    parameters: dict[str, Tensor]
 
 
 def _explain(
     model: nn.Module,
-    given: tuple[Tensor, ...],
+    given: Inputs,
     target: Target,
     rules: RuleChoice,
+    asked: dict[str, nn.Module] | None,
     noted: bool = False,
     traced: bool = False,
     zeros: bool | None = None,
+    parameters: bool = False,
 ) -> _Explanation:
     """One forward pass of the model and one walk down to what it was given.
 
     Args:
         model, given, target, rules: as for `lrp`.
+        asked: the modules whose output is asked for, or None.
         noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
         zeros: whether neurons that are 0 may have relevance; None where the rules will tell.
+        parameters: whether the account is to hold the relevance of parameters, too.
     """
-    paths, device = Paths(model), given[0].device.type
-    with torch.inference_mode(False), torch.enable_grad(), _eval_mode(paths.modules.values()), _full_precision(device):
-        sources = [tensor.detach().requires_grad_() for tensor in given]
+    paths, device = Paths(model), given.device.type
+    weights = ParameterRelevance(model) if parameters else None
+    asking = asking_for_gradients(model) if parameters else nullcontext()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _eval_mode(paths.modules.values()),
+        _full_precision(device),
+        asking,
+    ):
+        sources = given.sources
         settings = traced or rules.looks_at_layers, bool(rules.absolute if zeros is None else zeros), sources
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
+        outputs = None if asked is None else ModuleOutputs(asked, notes.zeros)
         if isinstance(notes, Trace):
-            with notes.watching(), notes:
-                output = model(*sources)
+            with notes.watching(), nullcontext() if outputs is None else outputs.watching(), notes:
+                output = given.call(model)
         elif noted := noted or paths.has_frozen_parameters:
             with notes:
-                output = model(*sources)
+                output = given.call(model)
         else:
-            output = model(*sources)
-        account = Account(notes) if isinstance(notes, Trace) else None
+            output = given.call(model)
+        account = Account(notes, weights, outputs) if isinstance(notes, Trace) else None
         walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
@@ -225,17 +273,23 @@ def _explain(
             del output
             found = within_backward(walk, starts) if notes.packs else walk.run(starts)
     if not found:
+        where = "the input" if given.at is None else f"the output of {given.at!r}"
         raise UnsupportedLayer(
-            f"no relevance reached the input of {type(model).__name__}: its output does not depend on it through "
+            f"no relevance reached {where} of {type(model).__name__}: its output does not depend on it through "
             "operations that autograd records (a part that detaches, or is compiled or scripted?)"
         )
     inputs = tuple(
         torch.zeros_like(tensor)
         if (d := found.get(place)) is None
         else (nonzero(tensor) if walk.reaches_zeros else tensor) * d
-        for tensor, place in zip(given, places, strict=True)
+        for tensor, place in zip(map(Tensor.detach, sources), places, strict=True)
     )
-    return _Explanation(inputs, relevance, *((account.layers, account.rows) if account is not None else ({}, [])))
+    if outputs is not None:
+        for place, d in found.items():
+            outputs.take(place, [d])
+    sources.clear()
+    booked = (account.layers, account.rows) if account is not None else ({}, [])
+    return _Explanation(inputs, relevance, *booked, {} if weights is None else weights.found)
 
 
 def _sentence(again: Callable[..., _Explanation], refusal: Refusal) -> str:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from athena.propagation.layer import nonzero, total
+from athena.propagation.layer import layer_of_kind, nonzero, total
 from athena.propagation.notes import tensors_in
+from athena.propagation.outputs import ModuleOutputs
+from athena.propagation.parameters import ParameterRelevance
 from athena.propagation.trace import Trace
 
 if TYPE_CHECKING:
@@ -38,10 +40,14 @@ class Account:
 
     Args:
         trace: of the forward pass.
+        parameters: collects what the model's parameters get, or None.
+        outputs: collects what modules asked for hold, or None.
     """
 
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
+    def __init__(
+        self, trace: Trace, parameters: ParameterRelevance | None = None, outputs: ModuleOutputs | None = None
+    ) -> None:
+        self.trace, self.parameters, self.outputs = trace, parameters, outputs
         self.lost: Row | None = None
         self._rows: list[tuple[int, int, Row]] = []
         self._layers: list[tuple[int, int, str, Tensor]] = []
@@ -59,6 +65,8 @@ class Account:
         path = layer.path or self.trace.name_of(layer.node)
         self._layers.append((when, -len(self._rows), path, relevance))
         self._rows.append((when, -len(self._rows), Row(path, total(relevance), bias, stabiliser)))
+        if self.outputs is not None:
+            self.outputs.of_layer(layer.node, relevance)
 
     def add(self, node: Any, relevance: float, bias: float, is_module: bool = False) -> None:
         """Books another operation, of which constants keep `bias`; one that is a module has that module's path."""
@@ -85,9 +93,21 @@ class Account:
         if abs(came - went) > 1e-12 * abs(came):
             self.add(node, came, came - went)
 
+    def passed(self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]) -> None:
+        """Books what an operation was given and what it sent down."""
+        kind = layer_of_kind(node.name())
+        if kind is not None and kind.constants_keep:
+            self.measure(walk, node, given, downs)
+        if self.parameters is not None:
+            self.parameters.of_operation(walk, node, given)
+        if self.outputs is not None:
+            self.outputs.take(node, given)
+
     @property
-    def layers(self) -> dict[str, Tensor]:
-        """The relevance of each affine layer's output in forward order; a second use of a weight is ``path#2``."""
+    def layers(self) -> dict[str, Any]:
+        """The relevance of the output of each affine layer, or module asked for; a second use is ``path#2``."""
+        if self.outputs is not None:
+            return self.outputs.found
         return dict(zip(*self._named(self._layers), strict=True))
 
     @property

@@ -40,12 +40,15 @@ class Layer:
         scale, shift: those of a batch norm that is merged into it, ``z -> scale z + shift`` for each channel, or None.
         bias: another constant that is added to its output.
         top: the graph node that adds it.
+        bias_edge: where in the graph the constant comes from that bears the relevance kept by all constants, where
+            that is not the bias of the node itself.
         reads: whether its rule, or anybody else, looks at its output.
         passes, finished: whether a batch norm above it has done its work already, but for the gradient, or all of it.
     """
 
     bias: Tensor | None = None
     top: Any = None
+    bias_edge: Any = None
     z: Tensor | None = None
     rectified: Tensor | None = None
     scale: Tensor | None = None
@@ -258,6 +261,10 @@ class AffineLRP(LRPLayer):
             constant, whole = layer.constant(walk), total(relevance)
             of_bias = 0.0 if constant is None else total(constant.double() * s)
             walk.account.of_layer(layer, relevance, of_bias, whole - total(z.double() * s))
+            if walk.account.parameters is not None:
+                w = layer.w if layer.scale is None else cls.scaled(layer, layer.w, layer.scale)
+                kept = [] if constant is None else [constant * s]
+                walk.account.parameters.of_layer(layer, [(layer.a, w, s)], constant, kept)
         return s
 
     @classmethod
@@ -285,6 +292,13 @@ class AffineLRP(LRPLayer):
                 of_bias += 0.0 if bias is None else total(bias.double() * s)
                 passed += total(whole.double() * s)
             walk.account.of_layer(layer, relevance, of_bias, total(relevance) - passed)
+            if walk.account.parameters is not None:
+                products = [] if own is None else [(a, w, own)]
+                absorbed = [] if own is None or constant is None else [constant * own]
+                for s, row, bias in zip(others, sums.weights, sums.biases, strict=True):
+                    products += [(x, of_x, s) for x, of_x in zip(inputs, row, strict=True)]
+                    absorbed += [] if bias is None else [bias * s]
+                walk.account.parameters.of_layer(layer, products, constant, absorbed)
         parts = []
         for place in range(len(inputs)):
             pulled = [cls.pull(layer, s, row[place]) for s, row in zip(others, sums.weights, strict=True)]

@@ -66,6 +66,9 @@ class BatchNormLRP(LRPLayer):
             layer = copy.copy(layer)
         bias, mean = cls.bias(walk, node, scale), node._saved_running_mean
         layer.scale, layer.shift = scale, (0 if bias is None else bias) - mean * scale
+        walk.merged.add(node)
+        if node.next_functions[2][0] is not None:
+            layer.bias_edge = node.next_functions[2]
         if z is None:
             z = (node._saved_input * scale.view(shape)).add_(layer.shift.view(shape))
             layer.z = z

@@ -13,7 +13,7 @@ from athena.propagation.notes import tensors_in
 
 __all__ = ["Target", "described", "mapped", "start", "starts_down"]
 
-Target = None | int | Tensor | str | Callable[[Any], Any]
+Target = None | int | Tensor | str | Callable[[Any], Any] | tuple[Any, Any]
 
 
 def start(output: Any, target: Any) -> Any:
@@ -36,7 +36,9 @@ def start(output: Any, target: Any) -> Any:
         if not _pairs(output, relevance):
             raise ValueError("target(output) gave None for all that the model returned; relevance has nowhere to start")
         return mapped(relevance, Tensor.detach)
-    output = _logits(output).detach()
+    if isinstance(target, tuple):
+        return _of_token(_tensor(output).detach(), *target)
+    output = _logits(_tensor(output)).detach()
     if isinstance(target, str):
         if target not in ("softmax", "logits"):
             raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
@@ -60,6 +62,8 @@ def starts_down(output: Any, target: Any, zeros: bool = False) -> tuple[Any, lis
         TypeError, ValueError: as `start`.
     """
     relevance = start(output, target)
+    if not callable(target):
+        output, target = _tensor(output), target[1] if isinstance(target, tuple) else target
     if zeros or callable(target) or isinstance(target, str):
         return relevance, [(part, _over(its, part, zeros)) for part, its in _pairs(output, relevance)]
     return relevance, [(output, (relevance != 0).to(relevance.dtype))]  # a logit over itself
@@ -72,19 +76,45 @@ def _over(relevance: Tensor, output: Tensor, zeros: bool) -> Tensor:
     return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _logits(output: Any) -> Tensor:
-    """The output, checked."""
+def _tensor(output: Any) -> Tensor:
+    """The output, or the logits in it."""
+    if isinstance(output, dict) and isinstance(logits := output.get("logits"), Tensor):
+        return logits
     if not isinstance(output, Tensor):
         raise TypeError(
             f"the model returned {described(output)}; LRP starts from one tensor (batch, classes). For several give "
             "target as a function from the output to its relevance"
         )
+    return output
+
+
+def _logits(output: Tensor) -> Tensor:
+    """The output, checked."""
     if output.dim() != 2:
+        for_tokens = ", or for (batch, tokens, classes) as a pair (token, class)" if output.dim() == 3 else ""
         raise ValueError(
             f"the model's output has shape {tuple(output.shape)}; for anything but (batch, classes) give target as a "
-            "function from the output to its relevance"
+            f"function from the output to its relevance{for_tokens}"
         )
     return output
+
+
+def _of_token(output: Tensor, token: Any, target: Any) -> Tensor:
+    """The relevance of an output (batch, tokens, classes), of which one token of each sample is to be explained."""
+    if output.dim() != 3 or callable(target):
+        raise ValueError(
+            f"target=({described(token)}, {described(target)}) is for an output (batch, tokens, classes) and a target "
+            f"that is no function; the model's output has shape {tuple(output.shape)}"
+        )
+    batch, tokens, _ = output.shape
+    places = torch.as_tensor(token, device=output.device)
+    if places.is_floating_point() or places.shape not in ((), (batch,)):
+        raise TypeError(f"the token of target is {described(token)}; give an int, or integers ({batch},)")
+    places = places.long().expand(batch)
+    if batch and not (-tokens <= int(places.min()) and int(places.max()) < tokens):
+        raise ValueError(f"the token of target is {described(token)}; the model's output has {tokens} tokens")
+    chosen = torch.arange(batch, device=output.device), places % max(tokens, 1)
+    return torch.zeros_like(output).index_put_(chosen, start(output[chosen], target))
 
 
 def _chosen(target: Any, output: Tensor) -> Tensor:

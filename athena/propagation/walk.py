@@ -256,7 +256,7 @@ class Walk:
             return
         bias = self.constant(constant, leaf.variable)
         if bias is not None and len(bias) == below._input_metadata[0].shape[-1]:
-            layer.bias, layer.top = bias, node
+            layer.bias, layer.top, layer.bias_edge = bias, node, constant
             self.merged.add(node)
 
     def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
@@ -323,8 +323,8 @@ class Walk:
                     except UnsupportedLayer as error:
                         self.require_notes()
                         raise Refusal(node, self.notes, str(error)) from None
-                    if account is not None and kind.constants_keep:
-                        account.measure(self, node, given, downs)
+                    if account is not None:
+                        account.passed(self, node, given, downs)
                     for way, down in zip(node.next_functions, downs, strict=False):
                         if down is not None and way[0] in relevant:
                             if kind.broadcasts and down.shape != (shape := way[0]._input_metadata[way[1]].shape):
