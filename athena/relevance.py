@@ -143,6 +143,10 @@ def lrp(
     6.1 then correlates with that of float32 by no more than 0.97. On a GPU convolutions multiply in TF32, which flips
     fewer, unless the program says ``torch.backends.cudnn.conv.fp32_precision = "ieee"``.
 
+    A layer is a linear function of PyTorch's or a product of matrices, by ``einsum`` too. One written out as a product
+    of elements that is summed afterwards, ``(x[:, :, None] * w).sum(1)``, is none: its factors of parameters are
+    constants, which relevance passes as by LRP-0 whatever the rule, and it is not guided.
+
     Args:
         model: any module that maps a floating point tensor to (batch, classes).
         x: (batch, ...), or a tuple of such tensors, which the model is called with one by one, or a dict, which it is

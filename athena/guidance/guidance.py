@@ -182,7 +182,7 @@ class Guidance:
         if self.step % self.every:
             self.step, self.labels = self.step + 1, None
             return forward(*args, **kwargs)
-        notes = Notes(zeros=self._zeros)
+        notes = Notes(zeros=self._zeros, given=tensors_in(args, kwargs))
         self._here.passing = True
         try:
             if self._takes_notes or not all(parameter.requires_grad for parameter in self._parameters):
@@ -243,7 +243,7 @@ class Guidance:
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
             )
         for number, layer in enumerate(guided):  # hooks first: the arithmetic of relevance evicts caches
-            shape = walk.shape_of(layer) if signals.needs_samples else torch.Size()
+            shape = walk.shape_by_samples(layer) if signals.needs_samples else torch.Size()
             numbers[layer.node] = number, shape
             scaling.at(number, layer, shape)
             if signals.signal is not None:

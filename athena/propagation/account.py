@@ -59,10 +59,12 @@ class Account:
             lost = whole - sum(total(out * d) for out, d in starts)
             self.lost = Row("output", whole, lost, 0.0) if lost else None
 
-    def of_layer(self, layer: "Layer", relevance: Tensor, bias: float, stabiliser: float) -> None:
+    def of_layer(self, walk: "Walk", layer: "Layer", relevance: Tensor, bias: float, stabiliser: float) -> None:
         """Books an affine layer."""
         when, _ = self.trace.place_of(layer.node)
         path = layer.path or self.trace.name_of(layer.node)
+        if self.trace.call_of(layer.node) is None:  # it is folded within the function that was called
+            relevance = relevance.view(walk.shape_of(layer))
         self._layers.append((when, -len(self._rows), path, relevance))
         self._rows.append((when, -len(self._rows), Row(path, total(relevance), bias, stabiliser)))
         if self.outputs is not None:

@@ -92,13 +92,15 @@ class Layer:
 
     def find_weight(self, walk: "Walk") -> None:
         """Looks for a weight that the node has not saved, as no gradient goes below it."""
-        if self._w is None and (saved := self.kind.operand(self.node, 1 - self.place)) is None:
-            if self.note is not None and self.note.weight is not None:
-                saved = self.kind.turned(self.note.weight)
-            else:
-                saved = walk.constant(self.node.next_functions[self.kind.first + 1 - self.place], self.a)
-            assert saved is not None
-            self._w = saved.detach()
+        if self._w is not None:
+            return
+        saved = self.kind.operand(self.node, 1 - self.place)
+        if saved is None and self.note is not None and self.note.weight is not None:
+            saved = self.kind.turned(self.note.weight)
+        elif saved is None:
+            saved = walk.constant(self.node.next_functions[self.kind.first + 1 - self.place], self.a)
+        assert saved is not None
+        self._w = saved.detach()
 
     @property
     def is_plain(self) -> bool:
@@ -220,9 +222,9 @@ class AffineLRP(LRPLayer):
         first = node.next_functions[cls.first][0] in walk.relevant
         second = node.next_functions[cls.first + 1][0] in walk.relevant
         downs = list(node(d))
-        if first and second:
+        if first or second:
             for place in (cls.first, cls.first + 1):
-                downs[place] = downs[place] * 0.5
+                downs[place] = None if downs[place] is None else downs[place] * 0.5
         if walk.account is not None and cls.first and (z := walk.scores.pop(node, None)) is not None:
             factors = cls.operand(node, 0), cls.operand(node, 1)
             went = sum(total(x * down) for x, down in zip(factors, downs[1:], strict=True) if down is not None)
@@ -260,7 +262,7 @@ class AffineLRP(LRPLayer):
             assert relevance is not None
             constant, whole = layer.constant(walk), total(relevance)
             of_bias = 0.0 if constant is None else total(constant.double() * s)
-            walk.account.of_layer(layer, relevance, of_bias, whole - total(z.double() * s))
+            walk.account.of_layer(walk, layer, relevance, of_bias, whole - total(z.double() * s))
             if walk.account.parameters is not None:
                 w = layer.w if layer.scale is None else cls.scaled(layer, layer.w, layer.scale)
                 kept = [] if constant is None else [constant * s]
@@ -291,7 +293,7 @@ class AffineLRP(LRPLayer):
             for s, whole, bias in zip(others, totals, sums.biases, strict=True):
                 of_bias += 0.0 if bias is None else total(bias.double() * s)
                 passed += total(whole.double() * s)
-            walk.account.of_layer(layer, relevance, of_bias, total(relevance) - passed)
+            walk.account.of_layer(walk, layer, relevance, of_bias, total(relevance) - passed)
             if walk.account.parameters is not None:
                 products = [] if own is None else [(a, w, own)]
                 absorbed = [] if own is None or constant is None else [constant * own]

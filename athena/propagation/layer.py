@@ -6,7 +6,7 @@ themselves, which stand in the files beside this one, and the walk that calls th
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
 
-__all__ = ["LRPLayer", "UnsupportedLayer", "dimension", "layer_of_kind", "nonzero", "number_of_outputs", "total"]
+__all__ = [
+    "LRPLayer",
+    "UnsupportedLayer",
+    "dimension",
+    "layer_of_kind",
+    "nonzero",
+    "number_of_outputs",
+    "shares_memory",
+    "total",
+]
 
 
 class UnsupportedLayer(TypeError):
@@ -85,6 +94,12 @@ def layer_of_kind(name: str) -> type[LRPLayer] | None:
 def number_of_outputs(node: Any) -> int:
     """How many outputs of a graph node can have a gradient."""
     return len(node._input_metadata)
+
+
+def shares_memory(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether `tensor` is one of the others, or a view of one."""
+    memory = tensor.untyped_storage().data_ptr()
+    return any(other.untyped_storage().data_ptr() == memory for other in others)
 
 
 def dimension(saved: int, z: Tensor) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from athena.propagation.layer import shares_memory
 
 __all__ = [
     "Note",
@@ -71,6 +73,7 @@ class Notes(TorchFunctionMode):
         outputs: whether inputs and outputs of affine layers will be looked at.
         zeros: whether inputs of ReLUs will be looked at, as where neurons that are 0 get relevance.
         sources: the tensors to explain, leaves of the graph.
+        given: what the model was called with, where that need not be in the graph, as in training.
 
     Attributes:
         calls: the note of each call, by the graph node of its output.
@@ -81,9 +84,15 @@ class Notes(TorchFunctionMode):
         packs: whether some of the forward pass is to be computed again for the backward pass.
     """
 
-    def __init__(self, outputs: bool = True, zeros: bool = False, sources: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        outputs: bool = True,
+        zeros: bool = False,
+        sources: Sequence[Tensor] = (),
+        given: Sequence[Tensor] = (),
+    ) -> None:
         super().__init__()
-        self.outputs, self.zeros, self.sources = outputs, zeros, sources
+        self.outputs, self.zeros, self.sources, self.given = outputs, zeros, sources, given
         self.calls: dict[Any, Note] = {}
         self.copies: set[Any] = set()
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
@@ -223,9 +232,10 @@ def _product(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _thawed(notes: Notes, value: Any) -> Any:
-    """`value` with each tensor in it that asks for no gradient thawed."""
+    """`value` with each tensor in it that asks for no gradient thawed, but for what the model was given."""
     if isinstance(value, Tensor):
-        return notes.thawed(value) if value.is_floating_point() and not value.requires_grad else value
+        stays = value.requires_grad or not value.is_floating_point() or shares_memory(value, notes.given)
+        return value if stays else notes.thawed(value)
     if isinstance(value, (tuple, list)):
         return type(value)(_thawed(notes, item) for item in value)
     return {name: _thawed(notes, item) for name, item in value.items()} if isinstance(value, dict) else value
@@ -273,11 +283,21 @@ def _copied_in_place(notes: Notes, function: Any, args: tuple[Any, ...], kwargs:
 
 
 def _sum(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """A sum, of which zeros may have relevance."""
+    """A sum, of which zeros may have relevance, and a summand may be a bias that asks for no gradient."""
+    if notes.outputs and any(tensor.grad_fn is not None for tensor in tensors_in(args)):
+        first = int(writes_in_place(function, args, kwargs))
+        args = (*args[:first], *(notes.thawed(arg) if _is_frozen(arg) else arg for arg in args[first:]))
     z: Tensor = _in_place(notes, function, args, kwargs)
     if notes.zeros and isinstance(z, Tensor) and z.grad_fn is not None:
         notes.calls[z.grad_fn] = Note(z.clone())
     return z
+
+
+def _is_frozen(value: Any) -> bool:
+    """Whether it is a parameter that asks for no gradients, or a view of one."""
+    if not isinstance(value, Tensor) or value.requires_grad:
+        return False
+    return isinstance(value, nn.Parameter) or isinstance(value._base, nn.Parameter)
 
 
 def _padding(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -60,6 +60,14 @@ class AveragePoolingLRP(LRPLayer):
         "NativeDropout MkldnnAdaptiveAvgPool2D",
     )
 
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient; padding keeps its part of what a rule has given to a window of zeros."""
+        downs = super().down(walk, node, given)
+        if walk.zeros and walk.account is not None and any(getattr(node, "_saved_padding", ())):
+            walk.account.measure(walk, node, given, downs)
+        return downs
+
 
 class MaxPoolingLRP(LRPLayer):
     """Max pooling and other maxima: the winner takes all (thesis 3.6.4)."""

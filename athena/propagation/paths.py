@@ -13,6 +13,8 @@ __all__ = ["Paths", "path_of_parameter"]
 # A layer's weight, and what it is computed from by weight norm, spectral norm or pruning.
 _WEIGHT = re.compile(r"\.(weight(_g|_v|_orig)?|parametrizations\.weight\..+)$")
 
+JOINING = ("AddBackward0", "SubBackward0", "CatBackward0", "StackBackward0")
+
 
 def path_of_parameter(name: str) -> str:
     """The path of the layer with the parameter called `name`: that of its module, if it is the module's weight."""
@@ -83,7 +85,11 @@ class Paths:
             owner, path = self._parameters.get(id(parameter), (None, None))
         return path if owner is parameter else None
 
-    def below(self, node: Any, original: Callable[[Tensor], Tensor | None]) -> str | None:
+    def buffers(self) -> list[Tensor]:
+        """The buffers of the model."""
+        return [tensor for module in self.modules.values() for tensor in module._buffers.values() if tensor is not None]
+
+    def below(self, node: Any, original: Callable[[Tensor], Tensor | None], alone: bool = False) -> str | None:
         """The path of the layer whose parameters alone the operation at a graph node depends on; None where others are.
 
         Looks a few operations far: a weight that is transposed, cast, scaled, or computed by a parametrisation.
@@ -91,6 +97,7 @@ class Paths:
         Args:
             node: of the graph, or None.
             original: from a leaf of the graph to the parameter that it stands for.
+            alone: whether nothing that asks for no gradients, as the input in training, may be added or joined to it.
         """
         found: str | None = None
         ahead, looked = [node], 0
@@ -102,6 +109,8 @@ class Paths:
                 return None
             parameter = getattr(node, "variable", None)
             if parameter is None:
+                if alone and node.name() in JOINING and any(lower is None for lower, _ in node.next_functions):
+                    return None
                 ahead.extend(lower for lower, _ in node.next_functions)
                 continue
             path = self.of(original(parameter))

@@ -5,13 +5,14 @@ A product of n factors passes 1 / n of the gradient to each (AttnLRP's uniform r
 ``x * sigmoid(x)``, is the activation that it is.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, total
+from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, shares_memory, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -28,8 +29,16 @@ class ProductLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient to a single factor, half of it to each of two."""
-        downs = list(node(*given))
         (left, _), (right, _) = node.next_functions
+        if walk.notes.given and None in (left, right):
+            (d,), place = given, 0 if right is None else 1
+            assert d is not None
+            factor = node._saved_other if place == 0 else node._saved_self
+            down = d * factor
+            if shares_memory(factor, walk.notes.given):
+                down *= 0.5
+            return [down, None] if place == 0 else [None, down]
+        downs = list(node(*given))
         if left in walk.relevant and right in walk.relevant:
             if is_linear_in_all_of(walk, node.next_functions[0], node.next_functions[1]):
                 downs[1] = None
@@ -175,7 +184,11 @@ class AttentionLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradients, each times its share."""
-        query, key, value = (way[0] in walk.relevant for way in node.next_functions[:3])
+        ways, names = node.next_functions[:3], ("_saved_query", "_saved_key", "_saved_value")
+        query, key, value = (
+            way[0] in walk.relevant or walk.is_input(way, functools.partial(getattr, node, name))
+            for way, name in zip(ways, names, strict=True)
+        )
         if walk.account is not None:
             operands = node._saved_query, node._saved_key, node._saved_value
             z = node._saved_output

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
-from athena.propagation.layer import LRPLayer, UnsupportedLayer, dimension, layer_of_kind, number_of_outputs
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs, shares_memory
 from athena.propagation.notes import Note, Notes
 from athena.propagation.paths import Paths
 from athena.propagation.products import makes_a_divisor
@@ -131,7 +132,7 @@ class Walk:
             self.divisors,
         )
         self._sources = goals = set(sources)
-        ahead = [out.grad_fn for out in outputs if out.grad_fn is not None]
+        ahead = [edge[0] for out in outputs if (edge := edge_of(out)) is not None]
         entered, done, read = set[Any](), set[Any]((None,)), set[Any]()
         below_layer = self._above_layers = set[Any]()
         while ahead:  # depth first: in `order` each node comes after all that lie below it
@@ -166,7 +167,7 @@ class Walk:
                     divisors.add(node)
                     continue
                 relevant.add(node)
-                if len(lower_relevant) == 1 and node.name() == "AddBackward0":
+                if len(lower_relevant) == 1 and node.name() in ("AddBackward0", "SubBackward0"):
                     self._find_bias(node, lower_relevant[0])
                 if not below_layer.isdisjoint(lower_relevant):
                     below_layer.add(node)
@@ -191,7 +192,8 @@ class Walk:
             goals = self._sources
             return [lower for lower, _ in ways if lower in goals or (lower is not None and not is_leaf(lower))]
         elif kind.is_view:
-            self._views[ways[0][0]] = node
+            if node.name() in FOLDS:
+                self._views[ways[0][0]] = node
             if note is not None:
                 self.notes.calls[ways[0][0]] = note  # as a linear layer on more than two dimensions ends
         elif note is not None:
@@ -203,6 +205,8 @@ class Walk:
         relevant, ways = self.relevant, node.next_functions
         first, second = ways[kind.first][0] in relevant, ways[kind.first + 1][0] in relevant
         if first and second:
+            return True
+        if (first or second) and self.is_input(ways[kind.first + first], lambda: kind.operand(node, int(first))):
             return True
         note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
         wanted = 0.0
@@ -217,8 +221,8 @@ class Walk:
                 path = (self.paths.of(self.notes.original(note.bias)) or "").removesuffix(".bias")
             if self.wanted is not None and path is not None:
                 wanted = self.wanted(path, kind.public)
-                if not (first or second) and self._path_below(ways[kind.first + place][0]) is not None:
-                    wanted = 0.0  # a product of parameters alone, as a weight is computed from them
+                if wanted and not (first or second) and self._is_constant(node, kind, place):
+                    wanted = 0.0  # of parameters alone, as a weight is computed from them
         if not (first or second or wanted):
             return kind.first == 1 and ways[0][0] in relevant
         is_first = ways[kind.first + place][0] not in self._above_layers
@@ -241,22 +245,36 @@ class Walk:
             return self.paths.of(self.notes.original(parameter))
         return self.paths.below(node, self.notes.original)
 
+    def _is_constant(self, node: Any, kind: Any, place: int) -> bool:
+        """Whether a factor of a product is known not to depend on the input: made of a parameter alone, or a buffer."""
+        (below, _) = edge = node.next_functions[kind.first + place]
+        if below is not None:
+            return self.paths.below(below, self.notes.original, alone=True) is not None
+        if self.notes.packs or (a := kind.operand(node, place)) is None or self.is_input(edge, lambda: a):
+            return False
+        return shares_memory(a, self.paths.buffers())
+
     def _find_bias(self, node: Any, below: Any) -> None:
         """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
-        (constant,) = (way for way in node.next_functions if way[0] is not below)
+        (edge,) = (way for way in node.next_functions if way[0] is not below)
         while below.name() in FOLDS and below not in self.shared:
             below = below.next_functions[0][0]
         layer = self.layers.get(below)
-        if layer is None or constant[0] is None or layer.kind.public is not LinearLRP or below in self.shared:
+        if layer is None or layer.kind.public is not LinearLRP or below in self.shared or layer.bias is not None:
             return
-        if layer.bias is not None or layer.kind.first == 1 or node._saved_alpha != 1:
+        subtracts = node.name() == "SubBackward0"
+        if layer.kind.first == 1 or node._saved_alpha != 1 or (subtracts and edge is node.next_functions[0]):
             return
-        leaf = constant[0].next_functions[0][0] if constant[0].name() in SPLITS else constant[0]
-        if getattr(leaf, "variable", None) is None or leaf.variable.dim() != 1:
+        bias = value_of(edge)
+        if bias is None or bias.dim() == 0 or bias.shape[-1] != below._input_metadata[0].shape[-1]:
             return
-        bias = self.constant(constant, leaf.variable)
-        if bias is not None and len(bias) == below._input_metadata[0].shape[-1]:
-            layer.bias, layer.top, layer.bias_edge = bias, node, constant
+        if all(size == 1 or step == 0 for size, step in zip(bias.shape[:-1], bias.stride(), strict=False)):
+            bias = bias[(0,) * (bias.dim() - 1)]
+            while (name := edge[0].name()) in ("NegBackward0", "ExpandBackward0") or getattr(
+                layer_of_kind(name), "is_view", False
+            ):
+                edge = edge[0].next_functions[0]  # where its relevance goes: neither sign nor shape matters to it
+            layer.bias, layer.top, layer.bias_edge = -bias if subtracts else bias, node, edge
             self.merged.add(node)
 
     def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
@@ -340,10 +358,10 @@ class Walk:
 
     def _begin(self, out: Tensor, d: Tensor) -> None:
         """Has `d` start at an output of the model."""
-        if out.grad_fn is not None:
-            self.send((out.grad_fn, out.output_nr), d)
-            if out.output_nr == 0 and out.grad_fn in self.layers:
-                self.layers[out.grad_fn].z = out.detach()
+        if (edge := edge_of(out)) is not None:
+            self.send(edge, d)
+            if edge[1] == 0 and edge[0] in self.layers:
+                self.layers[edge[0]].z = out.detach()
 
     def send(self, way: Any, d: Tensor) -> None:
         """Has `d` come to an output of a graph node, given as (node, number)."""
@@ -352,12 +370,32 @@ class Walk:
 
     # What an LRP layer may ask
 
+    def is_input(self, edge: Any, operand: Callable[[], Tensor | None]) -> bool:
+        """Whether an operand at `edge` is what the model was given: in training, that may ask for no gradient."""
+        if edge[0] is not None or not self.notes.given or self.notes.packs:  # what is packed can be looked at once
+            return False
+        return (found := operand()) is not None and shares_memory(found, self.notes.given)
+
     def shape_of(self, layer: Layer) -> torch.Size:
         """The shape of a layer's output as the model sees it, (batch, ...); the node may have folded it."""
         node = layer.node
         if layer.kind.public is LinearLRP and node not in self.shared:
             node = self._views.get(node, node)
         return torch.Size(node._input_metadata[0].shape)
+
+    def shape_by_samples(self, layer: Layer) -> torch.Size:
+        """`shape_of`, for what treats each sample by itself.
+
+        Raises:
+            UnsupportedLayer: the layer is a part of attention, where tokens come first.
+        """
+        if isinstance(self.paths.module_at(layer.path.rpartition(".")[0]), nn.MultiheadAttention):
+            raise UnsupportedLayer(
+                f"{layer.path!r} is a part of nn.MultiheadAttention, within which tokens come first and samples second:"
+                " normalise, granularity and signal would take one for the other. Leave them at None, 'sample' and "
+                "None, or leave attention out of the scope"
+            )
+        return self.shape_of(layer)
 
     def require_notes(self) -> None:
         """Raises where notes are missed that could have been taken."""
@@ -419,25 +457,17 @@ class Walk:
         """
         if edge is None or edge[0] is None:
             return None
-        node, number = edge
-        if (leaf := getattr(node, "variable", None)) is not None:
-            return leaf.detach().to(like.dtype)
-        below = self.constant(node.next_functions[0], like)
-        name = node.name()
-        if below is not None and name == "ToCopyBackward0":
-            return below
-        if below is not None and name in ("TBackward0", "TransposeBackward0"):
-            return below.mT
-        if below is not None and name == "RepeatBackward0":
-            return below.repeat(node._saved_repeats)
-        if below is not None and name in SPLITS:
-            sizes = node._saved_split_size if name == "SplitBackward0" else list(node._saved_split_sizes)
-            return below.split(sizes, dimension(node._saved_dim, below))[number]
-        self.require_notes()
-        raise UnsupportedLayer(f"a bias that is made by {name}, of which LRP cannot tell the value")
+        value = value_of(edge)
+        if value is None:
+            self.require_notes()
+            raise UnsupportedLayer(
+                f"a weight or a bias that is made by {edge[0].name()}, of which LRP cannot tell the value"
+            )
+        return value.to(like.dtype)
 
 
-SPLITS = ("SplitBackward0", "SplitWithSizesBackward0")
+SELECTIONS = tuple(f"{name}Backward0" for name in ("Split", "SplitWithSizes", "Select", "Slice", "Unbind"))
+REPETITIONS = ("ExpandBackward0", "RepeatBackward0", "NegBackward0")
 FOLDS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 """What only folds dimensions together or apart."""
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -446,6 +476,42 @@ INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
     "SqrtBackward0": torch.square,
 }
 """By the node of an activation that is remembered by its output: from that to its input."""
+
+
+def edge_of(out: Tensor) -> tuple[Any, int] | None:
+    """The place of an output in the graph; a model may return what it was given as it is."""
+    if out.grad_fn is not None:
+        return out.grad_fn, out.output_nr
+    return (get_gradient_edge(out).node, 0) if out.requires_grad else None
+
+
+def value_of(edge: Any) -> Tensor | None:
+    """The value of a parameter, or of one that is given another shape, cast, split, repeated or negated; else None."""
+    node, number = edge
+    if node is None:
+        return None
+    leaf: Tensor | None = getattr(node, "variable", None)
+    if leaf is not None:
+        return leaf.detach()
+    name, kind = node.name(), layer_of_kind(node.name())
+    if not (kind is not None and kind.is_view) and name not in (*SELECTIONS, *REPETITIONS):
+        return None
+    below = value_of(node.next_functions[0])
+    if below is None or name == "ToCopyBackward0":
+        return below
+    if name == "NegBackward0":
+        return -below
+    shape = torch.Size(node._input_metadata[number].shape)
+    if name == "ExpandBackward0":
+        return below.expand(shape)
+    if name == "RepeatBackward0":
+        return below.repeat(node._saved_repeats)
+    # The way back tells for each element below which one of the output it is, from 1 on.
+    places = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device=below.device).view(shape)
+    found = node(*(places if other == number else None for other in range(number_of_outputs(node)))).long()
+    value, chosen = below.new_empty(shape.numel()), found > 0
+    value[found[chosen] - 1] = below[chosen]
+    return value.view(shape)
 
 
 def is_leaf(node: Any) -> bool:
