@@ -62,6 +62,7 @@ class ActivationLRP(LRPLayer):
     """Element-wise activations, each with ``f(x)`` and ``f(0)``."""
 
     is_elementwise = True
+    may_divide = True  # as a power does
     ratios: ClassVar[dict[str, Callable[[Any, Tensor], Tensor]]] = {
         "Silu": lambda node, x: x.sigmoid(),
         "Hardswish": lambda node, x: F.hardsigmoid(x),

@@ -238,7 +238,7 @@ class AffineLRP(LRPLayer):
 
         Where relevance does not go on, it is only read.
         """
-        rule = layer.rule
+        rule, epsilon = layer.rule, layer.rule.stabiliser
         explains = walk.account is not None
         z = cls.output(walk, layer).reshape(d.shape)
         rectified = layer.rectified is not None
@@ -249,15 +249,15 @@ class AffineLRP(LRPLayer):
             return d
         if rule.asks_for_sums:
             return cls.by_sums(walk, layer, z, relevance, d)
-        if rule.stabiliser == 0:
+        if epsilon == 0:
             s = d
         elif relevance is not None and not walk.zeros:
-            size = z + rule.stabiliser if rectified else z + torch.full_like(z, rule.stabiliser).copysign_(z)
+            size = z + epsilon if rectified else z + torch.full_like(z, epsilon).copysign_(z)
             s = torch.div(relevance, size, out=size)
         else:
             size = z if rectified else z.abs()
             size = nonzero(size) if walk.zeros else size
-            s = (d * size).div_(size + rule.stabiliser)
+            s = (d * size).div_(size + epsilon)
         if walk.account is not None:
             assert relevance is not None
             constant, whole = layer.constant(walk), total(relevance)

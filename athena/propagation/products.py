@@ -87,7 +87,7 @@ class DivisionLRP(LRPLayer):
 
     is_elementwise = True
     broadcasts = True
-    divides = True
+    divides = may_divide = True
     kinds = ("Div",)
 
     @classmethod
@@ -99,6 +99,7 @@ class DivisionLRP(LRPLayer):
 class ReciprocalLRP(LRPLayer):
     """Reciprocals, also of roots: what multiplies by one divides, and a divisor gets nothing."""
 
+    may_divide = True
     kinds = ("Reciprocal", "Rsqrt")
 
     @classmethod

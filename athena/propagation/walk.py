@@ -113,7 +113,8 @@ class Walk:
         self._views: dict[Any, Any] = {}
         self._kinds: dict[Any, type[LRPLayer] | None] = {}
         self._is_complete = is_complete
-        self._asks_for_paths = wanted is not None or account is not None or rules.asks_for_paths
+        self._rule_asks_for_paths = rules.asks_for_paths
+        self._asks_for_paths = wanted is not None or account is not None or self._rule_asks_for_paths
 
     # Before relevance comes down
 
@@ -163,7 +164,7 @@ class Walk:
                 continue
             lower_relevant = [below for below, _ in node.next_functions if below in relevant]
             if lower_relevant:
-                if makes_a_divisor(node, relevant):
+                if kind is not None and kind.may_divide and makes_a_divisor(node, relevant):
                     divisors.add(node)
                     continue
                 relevant.add(node)
@@ -189,8 +190,11 @@ class Walk:
                 self.uses_notes |= not is_leaf_weight
                 if note.weight is not None and (is_leaf_weight or self.wanted is not None):
                     return [] if (lower := ways[kind.first][0]) is None else [lower]
-            goals = self._sources
-            return [lower for lower, _ in ways if lower in goals or (lower is not None and not is_leaf(lower))]
+            lowers = []
+            for lower, _ in ways:
+                if lower is not None and (lower in self._sources or not is_leaf(lower)):
+                    lowers.append(lower)
+            return lowers
         elif kind.is_view:
             if node.name() in FOLDS:
                 self._views[ways[0][0]] = node
@@ -206,8 +210,9 @@ class Walk:
         first, second = ways[kind.first][0] in relevant, ways[kind.first + 1][0] in relevant
         if first and second:
             return True
-        if (first or second) and self.is_input(ways[kind.first + first], lambda: kind.operand(node, int(first))):
-            return True
+        if (first or second) and (other := ways[kind.first + first])[0] is None:
+            if self.is_input(other, lambda: kind.operand(node, int(first))):
+                return True
         note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
         wanted = 0.0
         if self._asks_for_paths or not (first or second):
@@ -226,7 +231,7 @@ class Walk:
         if not (first or second or wanted):
             return kind.first == 1 and ways[0][0] in relevant
         is_first = ways[kind.first + place][0] not in self._above_layers
-        module = self.paths.module_at(path or "") if self.rules.asks_for_paths else None
+        module = self.paths.module_at(path or "") if self._rule_asks_for_paths else None
         rule = self.rules.of(path or "", module, kind.public is ConvolutionalLRP, is_first)
         if rule.absolute:
             self.reaches_zeros = True
