@@ -33,6 +33,7 @@ class LRPLayer:
         is_affine: whether it is a product that may be a layer with weights.
         is_view: whether it only gives its operand another shape, every element once.
         is_elementwise: whether each output element depends on the input element at the same place alone.
+        is_tried: whether what its nodes have computed may have to be run again.
         divides: whether a divisor (see `Walk.divisors`) may be one of its operands.
         has_many_outputs: whether its nodes may have more than one output.
         broadcasts: whether its operands may have been broadcast, which autograd's engine undoes, not the node.
@@ -43,6 +44,7 @@ class LRPLayer:
     is_affine: ClassVar[bool] = False
     is_view: ClassVar[bool] = False
     is_elementwise: ClassVar[bool] = False
+    is_tried: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     has_many_outputs: ClassVar[bool] = False
     broadcasts: ClassVar[bool] = False
