@@ -78,7 +78,7 @@ class Notes(TorchFunctionMode):
     Attributes:
         calls: the note of each call, by the graph node of its output.
         operations: those that may have to be tried, where they are recorded.
-        gates: nodes that only say how much of something else passes, and get no relevance.
+        gates: nodes of gates in recurrent layers, which get no relevance.
         copies: nodes that copy into a part of a tensor, and do nothing else to it.
         aliases: for what stands in for a frozen parameter, that parameter, by its id.
         without_graph: weights that ask for gradients and were used where none are recorded.

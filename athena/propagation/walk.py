@@ -169,7 +169,9 @@ class Walk:
                 continue
             lower_relevant = [below for below, _ in node.next_functions if below in relevant]
             if lower_relevant:
-                if makes_a_divisor(node, relevant) or node in gates:
+                if node in gates:
+                    continue
+                if makes_a_divisor(node, relevant):
                     divisors.add(node)
                     continue
                 relevant.add(node)
