@@ -7,7 +7,7 @@ One that is no such function is refused, or passed as the gradient with what get
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -125,7 +125,15 @@ def _relevance(z: Tensor, d: Tensor | None, size: bool = False) -> float:
 class ScatteringLRP(EulerLRP):
     """What puts its operands to other places and adds them up there, which needs no trial."""
 
-    kinds = ("Scatter", "ScatterAdd", "IndexAdd", "IndexPut", "IndexCopy", "PackPaddedSequence", "SparseAddmm")
+    kinds: ClassVar[tuple[str, ...]] = (
+        "Scatter",
+        "ScatterAdd",
+        "IndexAdd",
+        "IndexPut",
+        "IndexCopy",
+        "PackPaddedSequence",
+        "SparseAddmm",
+    )
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -148,3 +156,25 @@ class CopyIntoPartLRP(ScatteringLRP):
             return super().down(walk, node, given)
         walk.require_notes()
         return EulerLRP.down(walk, node, given)
+
+
+class ExponentialLRP(EulerLRP):
+    """An exponential that is divided by its sums over groups, wherever these are added up: softmax."""
+
+    kinds = ("Exp",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient; what softmax has beyond it is booked as a bias."""
+        came, size = walk.exponentials.pop(node, (0.0, 0.0))
+        if not size:
+            return super().down(walk, node, given)
+        (d,), e = given, node._saved_result
+        assert d is not None
+        down = d * e
+        # softmax stays the same where all scores of a group grow by the same number
+        if abs(total(down)) > 1e-3 * size and walk.unknown != "gradient":
+            walk.refuse(node)
+        if walk.account is not None:
+            walk.account.add(node, came, came - total(e.log() * down))
+        return (down,)

@@ -79,6 +79,8 @@ class Walk:
         values: outputs of nodes that an operation above has saved, until they are used.
         rectified: outputs of ReLUs that serve as the outputs of the nodes below them, until they are used.
         scores: inputs of softmax, up to a constant, for the account.
+        exponentials: those that are divided by their sums, with the sum of the relevance that came to the quotients,
+            and that of its magnitudes.
         merged: additions of a bias that are part of the layer below them.
         uses_notes: whether notes were used, or would have saved a computation.
         tries: whether an operation had to be tried.
@@ -112,6 +114,7 @@ class Walk:
         self.values: dict[Any, Tensor] = {}
         self.rectified: dict[Any, Tensor] = {}
         self.scores: dict[Any, Tensor] = {}
+        self.exponentials: dict[Any, tuple[float, float]] = {}
         self.notes_of: dict[Any, Note] = {}
         self.order: list[Any] = []
         self._ds: dict[Any, Tensor] = {}
