@@ -19,6 +19,7 @@ from athena.propagation.account import Account, Row
 from athena.propagation.inputs import Inputs, module_at
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
+from athena.propagation.operations import recording
 from athena.propagation.outputs import ModuleOutputs
 from athena.propagation.parameters import ParameterRelevance, asking_for_gradients
 from athena.propagation.paths import Paths
@@ -135,6 +136,7 @@ def lrp(
     *,
     at: str | None = None,
     layers: Sequence[str] | None = None,
+    unknown: str = "refuse",
 ) -> Relevance:
     """Explains the output of `model` for `x` by layer-wise relevance propagation (thesis 3.6).
 
@@ -163,16 +165,21 @@ def lrp(
         at: the path of a module whose output is explained in the place of `x`, which may then hold anything, such as
             the numbers of tokens: ``at="model.embed_tokens"``. Several outputs, or calls, give a tuple.
         layers: the paths of modules, of any kind; the `Relevance` then has these under `layers`.
+        unknown: what becomes of relevance at an operation that no rule fits: ``"refuse"``, or ``"gradient"`` to pass it
+            as the gradient does. `Relevance.conservation` then has what was lost there, as ``bias``. An operation that
+            is homogeneous of degree k in what carries relevance needs no rule: it passes the gradient over k.
 
     Raises:
         UnsupportedLayer: relevance reached an operation that LRP has no rule for, or could not reach the input.
         TypeError, ValueError: an argument, or the model's output, is not of the form above.
     """
+    if unknown not in ("refuse", "gradient"):
+        raise ValueError(f"unknown={unknown!r}: it must be 'refuse' or 'gradient'")
     given = Inputs(model, x, at, _full)
     asked = None if layers is None else {path: module_at(model, path, "layers") for path in layers}
     choice, device = RuleChoice(rule), given.device
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    explain = functools.partial(_explain, model, given, target, choice, asked)
+    explain = functools.partial(_explain, model, given, target, choice, asked, unknown)
     again = functools.partial(_again, explain, device, drawn, traced=True)
     missed: NotesNeeded | None = None
     try:
@@ -181,7 +188,7 @@ def lrp(
         except NotesNeeded as needed_notes:
             missed = needed_notes.with_traceback(None)
         if missed is not None:
-            found = _again(explain, device, drawn, zeros=missed.zeros)
+            found = _again(explain, device, drawn, missed=missed)
     except Refusal as refusal:
         raise UnsupportedLayer(_sentence(again, refusal)) from None
     return Relevance(found, again, given.arranged)
@@ -192,17 +199,20 @@ def _again(
     device: torch.device,
     drawn: tuple[Tensor, Tensor | None],
     traced: bool = False,
-    zeros: bool = False,
+    missed: NotesNeeded | None = None,
     **asked: bool,
 ) -> "_Explanation":
     """Explains with the random numbers from before, and notes down what the graph does not tell."""
+    zeros, operations = (False, False) if missed is None else (missed.zeros, missed.operations)
+    again: NotesNeeded | None = None
     try:
         with _random_numbers(device, *drawn):
-            return explain(True, traced, zeros or None, **asked)
-    except NotesNeeded as needed_notes:
-        if zeros or not needed_notes.zeros:
+            return explain(True, traced, zeros or None, operations, **asked)
+    except NotesNeeded as more:
+        again = NotesNeeded(zeros or more.zeros, operations or more.operations)
+        if (again.zeros, again.operations) == (zeros, operations):
             raise
-    return _again(explain, device, drawn, traced, zeros=True, **asked)
+    return _again(explain, device, drawn, traced, again, **asked)
 
 
 class _Explanation(NamedTuple):
@@ -227,19 +237,22 @@ def _explain(
     target: Target,
     rules: RuleChoice,
     asked: dict[str, nn.Module] | None,
+    unknown: str,
     noted: bool = False,
     traced: bool = False,
     zeros: bool | None = None,
+    operations: bool = False,
     parameters: bool = False,
 ) -> _Explanation:
     """One forward pass of the model and one walk down to what it was given.
 
     Args:
-        model, given, target, rules: as for `lrp`.
+        model, given, target, rules, unknown: as for `lrp`.
         asked: the modules whose output is asked for, or None.
         noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
         zeros: whether neurons that are 0 may have relevance; None where the rules will tell.
+        operations: whether to record what may have to be tried.
         parameters: whether the account is to hold the relevance of parameters, too.
     """
     paths, device = Paths(model), given.device.type
@@ -257,15 +270,16 @@ def _explain(
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
         outputs = None if asked is None else ModuleOutputs(asked, notes.zeros)
         if isinstance(notes, Trace):
-            with notes.watching(), nullcontext() if outputs is None else outputs.watching(), notes:
+            asks = nullcontext() if outputs is None else outputs.watching()
+            with notes.watching(), asks, recording(notes, copies=True), notes:
                 output = given.call(model)
         elif noted := noted or paths.has_frozen_parameters:
-            with notes:
+            with recording(notes) if operations else nullcontext(), notes:
                 output = given.call(model)
         else:
             output = given.call(model)
         account = Account(notes, weights, outputs) if isinstance(notes, Trace) else None
-        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced)
+        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced, unknown=unknown)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         with torch.no_grad():
             relevance, starts = starts_down(output, target, walk.zeros)

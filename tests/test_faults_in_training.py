@@ -334,7 +334,6 @@ def overwritten(x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "custom": (Doubled.apply, "custom autograd function"),
     "part of a tensor": (overwritten, "exp"),
-    "frequencies": (lambda x: torch.fft.fft(x).real, "ViewAsReal|real"),
     "order": (lambda x: x.cumprod(1), "cumprod"),
 }
 

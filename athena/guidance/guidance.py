@@ -11,6 +11,7 @@ import copyreg
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from athena.guidance.scaling import GRANULARITY, NORMALISE, DivergedError, Scali
 from athena.propagation.affine import Layer
 from athena.propagation.layer import UnsupportedLayer
 from athena.propagation.notes import Notes, tensors_in
+from athena.propagation.operations import recording
 from athena.propagation.paths import Paths
 from athena.propagation.target import Target, starts_down
 from athena.propagation.trace import Trace
@@ -109,8 +111,9 @@ class Guidance:
         self._zeros = self.rule.absolute is not False  # a function may choose any rule
         self._here = threading.local()
         self._parameters = list(model.parameters())
-        # What the graph does not tell is noted until a pass has shown that nothing of it is needed.
-        self._takes_notes = True
+        # What the graph does not tell is noted, and operations are recorded, until a pass has shown that nothing of
+        # it is needed.
+        self._takes_notes = self._tries = True
         self._replicas = model.register_forward_pre_hook(self._refuse_replica)
         self._own = vars(model).get("forward")
         model.forward = GuidedForward(self, model.forward)
@@ -186,7 +189,7 @@ class Guidance:
         self._here.passing = True
         try:
             if self._takes_notes or not all(parameter.requires_grad for parameter in self._parameters):
-                with notes:
+                with recording(notes) if self._tries else nullcontext(), notes:
                     output = forward(*args, **kwargs)
             else:
                 output = forward(*args, **kwargs)
@@ -215,7 +218,8 @@ class Guidance:
                 else:
                     walk.run(starts)
             scaling.layers = len(scaling.relevance)
-        self._takes_notes = notes.needed or walk.uses_notes or self._zeros
+        self._tries = walk.tries
+        self._takes_notes = notes.needed or walk.uses_notes or self._zeros or self._tries
 
     def _guided_layers(self, notes: Notes, output: Any) -> tuple[Walk, Scaling, list[Layer]]:
         outputs, signals = tensors_in(output), self._signals
@@ -268,7 +272,7 @@ class Guidance:
         """The message of a refusal, found by one more forward pass that traces who called what."""
         trace = Trace(self._paths.modules, zeros=self._zeros)
         try:
-            with trace.watching(), trace:
+            with trace.watching(), recording(trace), trace:
                 output = forward(*args, **kwargs)
             with torch.no_grad():
                 walk, _, _ = self._guided_layers(trace, output)

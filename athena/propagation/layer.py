@@ -43,6 +43,7 @@ class LRPLayer:
         is_view: whether it only gives its operand another shape, every element once.
         is_elementwise: whether each output element depends on the input element at the same place alone.
         may_divide: whether it may divide by its operand alone, and so make a divisor.
+        is_tried: whether what its nodes have computed may have to be run again.
         divides: whether a divisor (see `Walk.divisors`) may be one of its operands.
         has_many_outputs: whether its nodes may have more than one output.
         broadcasts: whether its operands may have been broadcast, which autograd's engine undoes, not the node.
@@ -54,6 +55,7 @@ class LRPLayer:
     is_view: ClassVar[bool] = False
     is_elementwise: ClassVar[bool] = False
     may_divide: ClassVar[bool] = False
+    is_tried: ClassVar[bool] = False
     divides: ClassVar[bool] = False
     has_many_outputs: ClassVar[bool] = False
     broadcasts: ClassVar[bool] = False
@@ -100,8 +102,11 @@ def number_of_outputs(node: Any) -> int:
 
 def shares_memory(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     """Whether `tensor` is one of the others, or a view of one."""
+    if tensor.layout is not torch.strided:
+        return any(tensor is other for other in others)
     memory = tensor.untyped_storage().data_ptr()
-    return any(other.untyped_storage().data_ptr() == memory for other in others)
+    dense = (other for other in others if other.layout is torch.strided)
+    return any(other.untyped_storage().data_ptr() == memory for other in dense)
 
 
 def dimension(saved: int, z: Tensor) -> int:

@@ -8,7 +8,7 @@ and remembers these by the graph node of the output. It belongs to one forward p
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from athena.propagation.layer import shares_memory
+
+if TYPE_CHECKING:
+    from athena.propagation.operations import Operations
 
 __all__ = [
     "Note",
@@ -77,6 +80,8 @@ class Notes(TorchFunctionMode):
 
     Attributes:
         calls: the note of each call, by the graph node of its output.
+        operations: those that may have to be tried, where they are recorded.
+        gates: nodes of gates in recurrent layers, which get no relevance.
         copies: nodes that copy into a part of a tensor, and do nothing else to it.
         aliases: for what stands in for a frozen parameter, that parameter, by its id.
         without_graph: weights that ask for gradients and were used where none are recorded.
@@ -94,6 +99,8 @@ class Notes(TorchFunctionMode):
         super().__init__()
         self.outputs, self.zeros, self.sources, self.given = outputs, zeros, sources, given
         self.calls: dict[Any, Note] = {}
+        self.operations: Operations | None = None
+        self.gates: set[Any] = set()
         self.copies: set[Any] = set()
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
         self.without_graph: list[Tensor] = []
@@ -309,6 +316,14 @@ def _padding(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[st
     return z
 
 
+def _assignment(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An assignment to a part of a tensor copies into it."""
+    function(*args, **kwargs)
+    if args[0].grad_fn is not None:
+        notes.needed = True
+        notes.mark_copies(args[0])
+
+
 WITH_BIAS = frozenset(named("addmm", "baddbmm"))
 PARTS = ("Slice", "AsStrided", "View", "Select", "Transpose", "Permute", "Squeeze", "Unsqueeze")
 ALWAYS = -1
@@ -343,6 +358,7 @@ NOTED: dict[Any, Callable[[Notes, Any, tuple[Any, ...], dict[str, Any]], Any]] =
     **dict.fromkeys(named("__isub__", "__rsub__", "subtract", "sum"), _sum),
     **dict.fromkeys(named("multi_head_attention_forward"), _attention),
     **dict.fromkeys(named("pad"), _padding),
+    Tensor.__setitem__: _assignment,
 }
 """What is noted at each function of PyTorch that leaves something to note; all others run as they are."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, UnsupportedLayer
+from athena.propagation.layer import LRPLayer
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -44,7 +44,7 @@ class SelectionLRP(LRPLayer):
     has_many_outputs = True
     kinds = _each(
         "Select Slice Split SplitWithSizes Unbind Index IndexSelect Gather Take MaskedSelect Narrow Diagonal Expand",
-        "IndexAdd Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle",
+        "Topk Repeat Roll Flip Rot90 Tril Triu Unfold Im2Col Col2Im PixelShuffle PixelUnshuffle",
         "ChannelShuffle AsStrided",
     )
 
@@ -132,19 +132,6 @@ class CopyLRP(LRPLayer):
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Nothing to what was written over."""
         return (None, *super().down(walk, node, given)[1:])
-
-
-class CopyIntoPartLRP(LRPLayer):
-    """A copy into a part of a tensor: what is written over there gets nothing."""
-
-    kinds = ("CopySlices",)
-
-    @classmethod
-    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """The gradient, where the node is known to copy and to do nothing else."""
-        if node not in walk.notes.copies:
-            raise UnsupportedLayer("a change of a part of a tensor in place")
-        return super().down(walk, node, given)
 
 
 class IdentityLRP(LRPLayer):

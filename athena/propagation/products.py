@@ -83,7 +83,7 @@ SCALING = ("MulBackward0", "DivBackward0", "NegBackward0")
 
 
 class DivisionLRP(LRPLayer):
-    """Division: the dividend gets it all, as if the divisor were a constant."""
+    """Division: the dividend gets it all, as if the divisor were a constant. Softmax written out is softmax."""
 
     is_elementwise = True
     broadcasts = True
@@ -93,7 +93,31 @@ class DivisionLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient to the dividend."""
-        return (super().down(walk, node, given)[0], *(None for _ in node.next_functions[1:]))
+        downs = super().down(walk, node, given)
+        if is_normalised(walk, node):
+            assert downs[0] is not None
+            exponential = node.next_functions[0][0]
+            parts = exponential._saved_result * downs[0]
+            came, size = walk.exponentials.get(exponential, (0.0, 0.0))
+            walk.exponentials[exponential] = came + total(parts), size + total(parts.abs())
+            return downs
+        return (downs[0], *(None for _ in node.next_functions[1:]))
+
+
+def is_normalised(walk: "Walk", node: Any) -> bool:
+    """Whether a quotient is that of an exponential and of something made from it, such as its sums over groups."""
+    exponential = node.next_functions[0][0]
+    if exponential is None or exponential.name() != "ExpBackward0" or exponential not in walk.relevant:
+        return False
+    seen, ahead = set[Any](), [node.next_functions[1][0]]
+    while ahead and len(seen) < 30:
+        below = ahead.pop()
+        if below is exponential:
+            return True
+        if below in walk.relevant and below not in seen:
+            seen.add(below)
+            ahead.extend(way[0] for way in below.next_functions)
+    return False
 
 
 class ReciprocalLRP(LRPLayer):

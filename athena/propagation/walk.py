@@ -16,8 +16,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
+from athena.propagation.euler import EulerLRP
 from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs, shares_memory
 from athena.propagation.notes import Note, Notes
+from athena.propagation.operations import Operation
 from athena.propagation.paths import Paths
 from athena.propagation.products import makes_a_divisor
 from athena.propagation.trace import Trace
@@ -48,11 +50,12 @@ class NotesNeeded(Exception):
 
     Attributes:
         zeros: whether inputs of activations that are 0 are what is missing.
+        operations: whether the operations themselves are.
     """
 
-    def __init__(self, zeros: bool = False) -> None:
+    def __init__(self, zeros: bool = False, operations: bool = False) -> None:
         super().__init__()
-        self.zeros = zeros
+        self.zeros, self.operations = zeros, operations
 
 
 class Walk:
@@ -67,6 +70,7 @@ class Walk:
         take: is called with each layer wanted and its relevance, from the top down.
         account: records what each operation holds and absorbs, or None.
         is_complete: whether notes were taken, or cannot be; else `NotesNeeded` is raised if any are missed.
+        unknown: what becomes of relevance at an operation that no rule fits, ``"refuse"`` or ``"gradient"``.
 
     Attributes:
         relevant: nodes that relevance may come to: they depend on the input, or in training on a guided layer.
@@ -76,8 +80,11 @@ class Walk:
         values: outputs of nodes that an operation above has saved, until they are used.
         rectified: outputs of ReLUs that serve as the outputs of the nodes below them, until they are used.
         scores: inputs of softmax, up to a constant, for the account.
+        exponentials: those that are divided by their sums, with the sum of the relevance that came to the quotients,
+            and that of its magnitudes.
         merged: additions of a bias that are part of the layer below them.
         uses_notes: whether notes were used, or would have saved a computation.
+        tries: whether an operation had to be tried.
         has_reentrant_checkpoint: whether a part of the forward pass is hidden in a checkpoint.
         merges: whether batch norm in eval mode is merged into the layer below it.
         zeros: whether neurons that are 0 may have relevance.
@@ -94,9 +101,11 @@ class Walk:
         take: Callable[[Layer, Tensor], None] = lambda layer, relevance: None,
         account: Account | None = None,
         is_complete: bool = True,
+        unknown: str = "refuse",
     ) -> None:
         self.notes, self.paths, self.rules, self.wanted, self.take = notes, paths, rules, wanted, take
         self.account, self.merges, self.zeros = account, wanted is None, notes.zeros
+        self.unknown, self.tries = unknown, False
         self.gives_to_zeros = self.reaches_zeros = False
         self.relevant: set[Any] = set()
         self.divisors: set[Any] = set()
@@ -106,6 +115,7 @@ class Walk:
         self.values: dict[Any, Tensor] = {}
         self.rectified: dict[Any, Tensor] = {}
         self.scores: dict[Any, Tensor] = {}
+        self.exponentials: dict[Any, tuple[float, float]] = {}
         self.notes_of: dict[Any, Note] = {}
         self.order: list[Any] = []
         self._ds: dict[Any, Tensor] = {}
@@ -132,7 +142,7 @@ class Walk:
             self.relevant,
             self.divisors,
         )
-        self._sources = goals = set(sources)
+        self._sources, gates = (goals := set(sources)), self.notes.gates
         ahead = [edge[0] for out in outputs if (edge := edge_of(out)) is not None]
         entered, done, read = set[Any](), set[Any]((None,)), set[Any]()
         below_layer = self._above_layers = set[Any]()
@@ -164,6 +174,8 @@ class Walk:
                 continue
             lower_relevant = [below for below, _ in node.next_functions if below in relevant]
             if lower_relevant:
+                if node in gates:
+                    continue
                 if kind is not None and kind.may_divide and makes_a_divisor(node, relevant):
                     divisors.add(node)
                     continue
@@ -210,9 +222,9 @@ class Walk:
         first, second = ways[kind.first][0] in relevant, ways[kind.first + 1][0] in relevant
         if first and second:
             return True
-        if (first or second) and (other := ways[kind.first + first])[0] is None:
-            if self.is_input(other, lambda: kind.operand(node, int(first))):
-                return True
+        other = ways[kind.first + first]
+        if (first or second) and other[0] is None and self.is_input(other, lambda: kind.operand(node, int(first))):
+            return True
         note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
         wanted = 0.0
         if self._asks_for_paths or not (first or second):
@@ -319,7 +331,7 @@ class Walk:
         d: Tensor | None
         while order:
             node = order.pop()
-            kind, is_source = kinds.pop(node), node in self._sources
+            kind, is_source = kinds.pop(node) or EulerLRP, node in self._sources
             d = ds.pop((node, 0), None)
             if node not in relevant:
                 if d is not None and node in divisors:
@@ -327,9 +339,6 @@ class Walk:
             elif is_source:
                 if d is not None:
                     found[node] = d
-            elif kind is None:
-                if d is not None or any((node, number) in ds for number in range(number_of_outputs(node))):
-                    self.refuse(node)
             else:
                 given = [d]
                 if kind.has_many_outputs:
@@ -406,6 +415,13 @@ class Walk:
         """Raises where notes are missed that could have been taken."""
         if not self._is_complete:
             raise NotesNeeded
+
+    def operation(self, node: Any) -> Operation | None:
+        """What has made a graph node, so that it can be tried; None where it is not known."""
+        self.tries = True
+        if self.notes.operations is None and self.wanted is None:
+            raise NotesNeeded(operations=True)
+        return None if self.notes.operations is None else self.notes.operations.of(node)
 
     def refuse(self, node: Any) -> NoReturn:
         """Raises where relevance came to a node that cannot pass it."""
