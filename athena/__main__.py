@@ -25,7 +25,11 @@ def show_data(
 ) -> None:
     """Shows which data sets are here, from where, and their fingerprints."""
     typer.echo(f"In {data.folder()}:")
-    typer.echo(data.inventory(download).to_string(index=False))
+    table = data.inventory(download)
+    typer.echo(table.to_string(index=False))
+    if download and not table["here"].all():
+        missing = table.loc[~table["here"], "name"]
+        raise data.MissingData(f"{' and '.join(missing)} could not be had; the column `note` says why")
 
 
 @app.command()
@@ -43,11 +47,7 @@ def train(
 ) -> None:
     """Trains one network and prints its accuracy after each epoch."""
     run = training.Run(model, dataset, fraction, factor, seed, epochs, rule, target, scope)
-    if device is not None:
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    _check(device)
     result = training.train(run, device)
     for epoch, accuracy in enumerate(result.accuracy, 1):
         typer.echo(f"epoch {epoch}: {accuracy:.2%} of the test set")
@@ -56,16 +56,32 @@ def train(
         typer.echo(f"diverged in step {result.diverged['step']}, at {result.diverged['layer']}")
 
 
+def _check(device: str | None) -> None:
+    """Whether there is such a device, and tensors on it hold numbers."""
+    if device is not None:
+        try:
+            torch.ones(1, device=device).tolist()
+        except Exception as error:  # each kind of device has errors of its own
+            raise ValueError(f"--device {device}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
 @app.command()
 def sweep(
     study: StudyFile,
     workers: Annotated[int | None, typer.Option(help="Processes; by default as many as the cores allow")] = None,
     dask: Annotated[str | None, typer.Option(help="Train on the workers of this Dask scheduler instead")] = None,
     device: Device = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Take no run over from another study's results")] = False,
 ) -> None:
-    """Runs what is missing of a study, cheapest first. Stop it when you like; the same command goes on."""
+    """Runs what is missing of a study, cheapest first. Stop it when you like; the same command goes on.
+
+    A run that another study has measured is taken over, and said so, but for --fresh.
+    """
     plan = experiments.Study.read(study)
-    others = [experiments.Store(path) for path in plan.store.path.parent.glob("*.jsonl") if path != plan.store.path]
+    if dask is None:
+        _check(device)
+    there = [] if fresh else sorted(plan.store.path.parent.glob("*.jsonl"))
+    others = [experiments.Store(path) for path in there if path != plan.store.path]
     experiments.sweep(plan.runs, plan.store, workers=workers, dask=dask, device=device, also=others)
     typer.echo(f"{plan.store.path}: {len(plan.runs)} runs")
 

@@ -6,6 +6,7 @@ relevance (`athena.guidance`).
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -345,13 +346,21 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+_MODES = threading.RLock()
+
+
 @contextmanager
 def _eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    training = [vars(module) for module in modules if module.training]
-    for attributes in training:  # past `nn.Module.__setattr__`, which takes long
-        attributes["training"] = False
-    try:
-        yield
-    finally:
-        for attributes in training:
-            attributes["training"] = True
+    """`modules` in eval mode. Threads take turns where one is in training mode, since a mode is a module's own."""
+    with _MODES:
+        training = [vars(module) for module in modules if module.training]
+        if training:
+            for attributes in training:  # past `nn.Module.__setattr__`, which takes long
+                attributes["training"] = False
+            try:
+                yield
+            finally:
+                for attributes in training:
+                    attributes["training"] = True
+            return
+    yield

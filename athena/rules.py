@@ -395,10 +395,10 @@ def parse(text: str) -> Rule:
     try:
         arguments = ast.literal_eval(f"({numbers.removesuffix(')')},)") if numbers.strip(" )") else ()
         return rules[name](*map(float, arguments))
-    except (KeyError, SyntaxError, TypeError, ValueError) as error:
+    except (KeyError, MemoryError, OverflowError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         known = ", ".join(f"{name}(...)" for name in sorted(rules))
         raise ValueError(
-            f"{text!r} is not a rule ({error}); write one of {known} with its numbers, such as 'Epsilon(1e-6)'"
+            f"{text[:100]!r} is not a rule ({error}); write one of {known} with its numbers, such as 'Epsilon(1e-6)'"
         ) from None
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from filelock import FileLock, Timeout
 
 BOOK = Path(__file__).resolve().parent
 OUTPUT = BOOK / "_build"
@@ -83,6 +84,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--quick", action="store_true", help="use the parameters of book/quick.yml")
     parameters = quick_parameters() if arguments.parse_args().quick else {}
+
+    lock = FileLock(BOOK.parent / ".book.lock")  # outside of what is deleted and copied
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        sys.exit("The book is being built by another make book: wait for it, or stop it first.")
 
     shutil.rmtree(OUTPUT, ignore_errors=True)
     shutil.copytree(BOOK, COPY, ignore=shutil.ignore_patterns("_build", "__pycache__", ".ipynb_checkpoints"))

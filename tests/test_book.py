@@ -1,5 +1,6 @@
 """Claims about what is committed: complete results, clean notebooks, and a chapter that trains what it is asked for."""
 
+import importlib.util
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from filelock import FileLock
 
 from athena import experiments
 from athena.training import SINCE, Result, Run
@@ -154,3 +156,17 @@ def test_a_typed_result_would_be_noticed(tmp_path: Path) -> None:
     page.write_text("Section 7.1 gains 0.37 points, in 83 % of the runs and `0.5` in code.")
     assert {float(number) for number in MEASURED.findall(prose(page))} == {0.37, 83.0}
     assert not {0.37, 83.0} & known_numbers()
+
+
+def test_a_second_make_book_leaves_what_the_first_is_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("book_build", experiments.root() / "book" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for name, place in (("BOOK", "book"), ("OUTPUT", "book/_build"), ("COPY", "book/_build/executed")):
+        monkeypatch.setattr(build, name, tmp_path / place)
+    monkeypatch.setattr("sys.argv", ["build.py"])
+    (tmp_path / "book" / "_build").mkdir(parents=True)
+    with FileLock(tmp_path / ".book.lock"), pytest.raises(SystemExit, match="is being built by another make book"):
+        build.main()
+    assert (tmp_path / "book" / "_build").is_dir() and not (tmp_path / "book" / "_build" / "executed").exists()

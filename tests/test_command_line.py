@@ -150,6 +150,13 @@ def test_a_sweep_takes_over_what_another_study_has_measured(folder: Path, monkey
     monkeypatch.setattr("athena.experiments.backends.train", remembered)
     assert athena("sweep", folder / "studies" / "tiny.toml", "--workers", "1").exit_code == 0
     assert sorted({run.seed for run in trained}) == [0, 2] and len(trained) == 4
+    trained.clear()
+    (folder / "results" / "tiny.jsonl").rename(folder / "results" / "elsewhere.jsonl")
+    done = athena("sweep", folder / "studies" / "tiny.toml", "--workers", "1")
+    assert not trained and "6 runs are taken over from elsewhere.jsonl, measured by this code" in done.stderr
+    (folder / "results" / "tiny.jsonl").unlink()
+    done = athena("sweep", folder / "studies" / "tiny.toml", "--workers", "1", "--fresh")
+    assert len(trained) == 6 and "taken over" not in done.stderr
 
 
 def test_a_report_on_a_sweep_under_way_counts_what_is_there(folder: Path) -> None:
@@ -227,6 +234,11 @@ def test_a_sweep_on_a_missing_data_set_measures_nothing(main: Main, folder: Path
         ("--scope", "everything"),
         ("--factor", "nan"),
         ("--device", "abacus"),
+        ("--device", "meta"),
+        ("--device", "hpu"),
+        ("--factor", "1e+39"),
+        ("--seed", str(2**64)),
+        ("--seed", "-1"),
     ],
 )
 def test_an_option_that_no_run_can_have_is_told_by_its_value(main: Main, option: str, value: str) -> None:
@@ -234,6 +246,29 @@ def test_an_option_that_no_run_can_have_is_told_by_its_value(main: Main, option:
     assert status == 1
     assert message.startswith("athena: ") and value in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("option, value", [("--device", "meta"), ("--device", "hpu"), ("--workers", "0")])
+def test_an_option_that_no_sweep_can_have_is_told_before_anything_is_run(
+    main: Main, folder: Path, option: str, value: str
+) -> None:
+    status, message = main("sweep", folder / "studies" / "tiny.toml", option, value)
+    assert status == 1 and message.startswith("athena: ") and value in message and message.count("\n") == 1
+    assert not (folder / "results" / "tiny.jsonl").exists()
+
+
+def test_a_download_that_fails_fails_the_command(main: Main) -> None:
+    status, message = main("data", "--download")
+    assert status == 1
+    assert message.startswith("athena: mnist and cifar10 could not be had")
+
+
+def test_results_that_cannot_be_written_are_told(main: Main, folder: Path) -> None:
+    (folder / "results").rmdir()
+    (folder / "results").write_text("a file")
+    status, message = main("sweep", folder / "studies" / "tiny.toml", "--workers", "1")
+    assert status == 1 and message.startswith("athena: ") and "cannot be written" in message
+    assert message.count("\n") == 1
 
 
 def test_a_scope_that_guides_nothing_is_told(main: Main) -> None:

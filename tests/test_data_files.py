@@ -71,6 +71,42 @@ def test_a_data_set_that_is_not_the_recorded_one_is_refused_with_both_fingerprin
         data.load("mnist")
 
 
+# What else can be wrong with a folder
+
+
+def test_a_file_of_the_systems_own_in_the_folder_of_a_data_set_does_not_stop_its_download(
+    data_folder: Path, tiny_mnist: dict[str, bytes], download_as: Callable[..., None]
+) -> None:
+    (data_folder / "MNIST" / "raw").mkdir(parents=True)
+    (data_folder / "MNIST" / "raw" / ".DS_Store").write_bytes(b"Finder's")
+    download_as(tiny_mnist)
+    assert data.load("mnist").train_images.shape == (40, 1, 32, 32)
+    there = {path.name for path in (data_folder / "MNIST" / "raw").iterdir()}
+    assert there == {".DS_Store", *tiny_mnist}
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next(
+    data_folder: Path, tiny_mnist: dict[str, bytes], download_as: Callable[..., None]
+) -> None:
+    (data_folder / ".download").mkdir()
+    (data_folder / ".download" / "half of an archive").touch()
+    (data_folder / ".download.lock").touch()
+    download_as(tiny_mnist)
+    data.load("mnist")
+    assert [path.name for path in data_folder.iterdir()] == ["MNIST"]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a file/below it", "~no-such-user/data"])
+def test_a_data_folder_that_the_system_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("ATHENA_DATA", name if name.startswith("~") else str(tmp_path / name))
+    for read in (lambda: data.load("mnist"), lambda: data.load("cifar10")):
+        with pytest.raises(data.DataError, match="ATHENA_DATA"):
+            read()
+
+
 # CIFAR-10
 
 
@@ -364,3 +400,31 @@ def test_the_inventory_says_what_is_here_and_why_not(mnist: Path, no_network: li
     assert table.note["cifar10"] == f"cifar10 is not in {mnist.parent.parent}."
     assert table.note["mnist"] == ""
     assert not no_network
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("train_images", np.zeros((20, 2, 32, 32), np.uint8), r"its train images are uint8 \(20, 2, 32, 32\)"),
+        ("train_images", np.zeros((20, 3, 32, 32), np.int8), "its train images are int8"),
+        ("test_labels", np.zeros((10, 1), np.uint8), r"its test labels are uint8 \(10, 1\)"),
+        ("test_labels", np.full(10, 10, np.uint8), "its test labels go up to 10, expected 9"),
+    ],
+)
+def test_converted_images_of_another_form_are_refused(
+    cifar10: Path, name: str, value: np.ndarray, message: str
+) -> None:
+    data.load("cifar10")
+    converted = cifar10.parent / "cifar10.npz"
+    with np.load(converted) as stored:
+        content = dict(stored) | {name: value}
+    np.savez(converted, **content)
+    with pytest.raises(data.DamagedData, match=message):
+        load_afresh("cifar10")
+
+
+def test_what_a_killed_conversion_has_left_goes_with_the_next(cifar10: Path) -> None:
+    (cifar10.parent / ".convert").mkdir()
+    (cifar10.parent / ".convert" / "cifar10.npz").write_bytes(b"half")
+    load_afresh("cifar10")
+    assert sorted(path.name for path in cifar10.parent.iterdir()) == ["cifar10", "cifar10.npz"]

@@ -5,6 +5,7 @@ import gc
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -946,3 +947,21 @@ def test_layers_may_be_asked_for_in_another_context() -> None:
         found = explained.layers
     assert list(found) == list(expected)
     assert all(layer.dtype == torch.float32 for layer in found.values())
+
+
+# Threads
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_threads_that_explain_one_model_get_the_maps_that_one_alone_gets(training: bool) -> None:
+    model = nn.Sequential(
+        *(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5)),
+        nn.Linear(64, 10),
+    )
+    x = torch.rand(16, 64)
+    expected = athena.lrp(model.eval(), x).input
+    model.train(training)
+    with ThreadPoolExecutor(8) as threads:
+        maps = list(threads.map(lambda _: athena.lrp(model, x).input, range(200)))
+    assert all(torch.equal(found, expected) for found in maps)
+    assert all(module.training == training for module in model.modules())

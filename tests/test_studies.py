@@ -73,6 +73,23 @@ def test_a_study_is_read_with_its_runs_once_each(tmp_path: Path) -> None:
         ("seed = [0, 1]", 'scope = "all"', "scope"),
         ("seed = [0, 1]", 'scope = ["everything"]', "everything"),
         ("seed = [0, 1]", 'model = "mlp"', "model"),
+        ("[run]\n", "", "it has no [run]"),
+        ("[[grid]]", "[grid]", ""),
+        ('question = "A question?"', "question = 5", "question = 5: it must be"),
+        ('question = "A question?"', 'question = ""\nplan = 5', "plan = 5: it must be text"),
+        ('question = "A question?"', 'question = ""\nthesis_table = "9.9"', "thesis_table = '9.9': the thesis has 7.1"),
+        ("seed = [0, 1]", "seed = []", "seed = []"),
+        ("seed = [0, 1]\n", "seed = [0, 1]\n[[grid]]\n", "names no field"),
+        ("epochs = 1", "epochs = true", "epochs=True"),
+        ("epochs = 1", f"epochs = 1{'0' * 400}", "epochs=1000"),
+        ("seed = [0, 1]", f'rule = ["Epsilon({"-" * 50_000}1)"]', "is not a rule"),
+        ("seed = [0, 1]", "scope = [[1979-05-27]]", "datetime.date(1979, 5, 27)"),
+        ("seed = [0, 1]", "seed = " + "[" * 5000 + "]" * 5000, ""),
+        (
+            "seed = [0, 1]",
+            f"seed = {list(range(1000))}\nevery = {list(range(1, 102))}",
+            "a grid of 202000 runs: at most",
+        ),
     ],
 )
 def test_what_is_no_study_is_refused_by_file_and_entry(tmp_path: Path, old: str, new: str, named: str) -> None:
@@ -83,6 +100,11 @@ def test_what_is_no_study_is_refused_by_file_and_entry(tmp_path: Path, old: str,
     message = str(caught.value).replace(str(path), "FILE")
     assert message.startswith("FILE is not a study")
     assert named in message
+
+
+def test_a_study_may_begin_with_a_byte_order_mark_and_is_read_as_utf8(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_bytes(STUDY.replace("A title", "ε").encode("utf-8-sig"))
+    assert Study.read(tmp_path / "s.toml").title == "ε"
 
 
 def test_every_study_of_the_project_can_be_read_and_names_a_table_that_there_is() -> None:

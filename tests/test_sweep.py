@@ -130,6 +130,30 @@ def test_lines_of_other_stores_are_taken_over(store: Store, trainer: Trainer, fi
     assert len(store.lines()) == 4 and other.path.read_bytes() == untouched
 
 
+def test_what_is_taken_over_is_said_with_the_code_that_measured_it(
+    store: Store, trainer: Trainer, fingerprint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Store(store.path.with_name("other.jsonl"))
+    with other.open() as append:
+        append(line_of(SEEDS[1], fingerprint))
+        append(line_of(SEEDS[2], fingerprint) | {"code": training.CODE})
+    swept(SEEDS[:2], store, also=[other], progress=True)
+    assert f"1 runs are taken over from other.jsonl, measured by code 0; this is {training.CODE}" in (
+        capsys.readouterr().err
+    )
+    swept(SEEDS[:3], store, also=[other], progress=True)
+    assert "1 runs are taken over from other.jsonl, measured by this code" in capsys.readouterr().err
+    swept(SEEDS[:3], store, also=[other], progress=True)
+    assert "taken over" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_a_sweep_needs_at_least_one_worker(store: Store, trainer: Trainer, workers: int) -> None:
+    with pytest.raises(ValueError, match=f"workers={workers}: it must be at least 1"):
+        swept(SEEDS, store, workers=workers)
+    assert not store.path.exists()
+
+
 def test_a_line_that_several_stores_hold_is_taken_over_once(store: Store, trainer: Trainer, fingerprint: str) -> None:
     others = [Store(store.path.with_name(name)) for name in ("one.jsonl", "two.jsonl")]
     for other in others:
@@ -207,20 +231,3 @@ def test_a_progress_bar_counts_the_runs(store: Store, trainer: Trainer, capsys: 
     swept(SEEDS, store, progress=True)
     shown = capsys.readouterr().err
     assert "1 of 4 runs" in shown and "4 of 4 runs" in shown and "100%" in shown
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_the_workers_of_a_dask_cluster_measure_the_same(store: Store) -> None:
-    distributed = pytest.importorskip("distributed")
-    runs = grid(TINY, factor=[0, 1], seed=range(6))
-    expected = swept(runs, store)
-    elsewhere = Store(store.path.with_name("dask.jsonl"))
-    options = {"n_workers": 2, "threads_per_worker": 2, "processes": True, "dashboard_address": ":0"}
-    with distributed.LocalCluster(**options) as cluster:
-        lines = swept(runs, elsewhere, dask=cluster.scheduler_address)
-        wrong = replace(TINY, scope=("linear9",), factor=1.0)
-        with pytest.raises(SweepError, match="linear9"):
-            swept([*runs, wrong], elsewhere, dask=cluster.scheduler_address)
-    assert [line["accuracy"] for line in lines] == [line["accuracy"] for line in expected]
-    assert len(elsewhere.lines()) == len(runs)

@@ -1,11 +1,13 @@
 """Who trains the runs of a sweep: this process, worker processes of its own, or the workers of a Dask scheduler."""
 
+import asyncio
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +17,14 @@ import torch
 
 from athena.experiments.training import Run, train
 
+ANSWER_SECONDS = 8
+"""How long a Dask scheduler may take to answer."""
 Outcome = dict[str, Any] | Exception
 """The line of a store that a run has measured, or what went wrong."""
+
+
+class SweepError(Exception):
+    """A sweep had to stop; all that was measured is in the store, and the same sweep goes on from there."""
 
 
 def trained(
@@ -30,6 +38,9 @@ def trained(
             process.
         device: where each run trains; by default a GPU if there is one.
         dask: the address of a Dask scheduler whose workers train instead.
+
+    Raises:
+        SweepError: Dask is not installed, or its scheduler does not answer, or was lost.
     """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -46,7 +57,13 @@ def trained(
     with processes(min(workers, len(runs))) if dask is None else cluster(dask) as executor:
         futures = {executor.submit(_train, run, device): run for run in runs}
         for future in as_completed(futures):
-            problem = future.exception()
+            try:
+                problem = future.exception()
+            except CancelledError as error:  # Dask gives up all that it was asked for
+                raise SweepError(
+                    f"the Dask scheduler at {dask} was lost. What was finished is stored; the same sweep goes on from "
+                    "there"
+                ) from error
             if isinstance(problem, BrokenProcessPool):
                 problem = RuntimeError("a worker died (killed, or out of memory: try fewer --workers)")
             if problem is not None and not isinstance(problem, Exception):
@@ -86,8 +103,29 @@ def _begin_worker(parent: int) -> None:
 
 @contextmanager
 def cluster(address: str) -> Iterator[Executor]:
-    """The workers of a Dask scheduler."""
-    from distributed import Client  # of the extra `dask`
+    """The workers of a Dask scheduler.
 
+    Raises:
+        SweepError: Dask is not installed, or the scheduler does not answer.
+    """
+    try:
+        from distributed import Client, rpc  # of the extra `dask`
+    except ImportError as error:
+        raise SweepError(f"--dask needs the package distributed: pip install -e '.[dask]' ({error})") from error
+
+    async def workers() -> int:
+        async with rpc(address) as scheduler:
+            return len((await scheduler.identity())["workers"])
+
+    try:  # a `Client` waits for ever on something that takes the connection and says nothing
+        with ThreadPoolExecutor(1) as thread:  # a notebook has an event loop in this one
+            there = thread.submit(lambda: asyncio.run(asyncio.wait_for(workers(), ANSWER_SECONDS))).result()
+    except Exception as error:  # whatever answers there may answer anything
+        raise SweepError(
+            f"no Dask scheduler answers at {address} within {ANSWER_SECONDS} s: see that it runs there, and that this "
+            "machine reaches it"
+        ) from error
+    if not there:
+        print(f"The Dask scheduler at {address} has no workers yet; runs begin when it has.", file=sys.stderr)
     with Client(address) as client:
         yield client.get_executor()

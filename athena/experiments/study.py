@@ -9,8 +9,10 @@ Not here: the sweep that trains the runs (`athena.experiments.sweep`).
 
 import ast
 import itertools
+import math
 import tomllib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ from athena.experiments.training import Run
 
 ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control")
 """The fields of a `Run` that say how it is guided. A guided run and its plain partner differ in these alone."""
+MOST_RUNS = 100_000
+"""The most that one grid may ask for: more takes a minute to write down, and far longer to run."""
+PARTS: tuple[tuple[str, type, str], ...] = (
+    ("title", str, "title, a line of text"),
+    ("question", str, "question, a text"),
+    ("run", dict, "[run], what all its runs share"),
+    ("grid", list, "[[grid]], in double brackets, lists of values"),
+)
+"""What a study needs: its name, its kind in TOML, and what it is in words."""
 
 
 def plain(run: Run) -> Run:
@@ -35,12 +46,18 @@ def grid(base: Run, **values: Iterable[Any]) -> list[Run]:
     """Every combination of `values` over `base`, each run once; with factor 0 it is the `plain` run.
 
     Raises:
-        TypeError, ValueError: a name is no field of `Run`, or a value none that the field takes.
+        TypeError, ValueError: a name is no field of `Run`, or a value none that the field takes; a list of values is
+            empty; or there are more than `MOST_RUNS`.
     """
     for name, wanted in values.items():
         if isinstance(wanted, str) or not isinstance(wanted, Iterable):
             raise TypeError(f"{name} = {wanted!r}: a grid takes a list of values")
-    runs = [replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    lists = {name: list(wanted) for name, wanted in values.items()}
+    if empty := [name for name, wanted in lists.items() if not wanted]:
+        raise ValueError(f"{empty[0]} = []: a grid takes at least one value of each field it names")
+    if (count := math.prod(map(len, lists.values()))) > MOST_RUNS:
+        raise ValueError(f"a grid of {count} runs: at most {MOST_RUNS} at once; split it into several studies")
+    runs = [replace(base, **dict(zip(lists, chosen, strict=True))) for chosen in itertools.product(*lists.values())]
     return list(dict.fromkeys(run if run.factor else plain(run) for run in runs))
 
 
@@ -74,11 +91,29 @@ class Study:
         """
         path = Path(path)
         try:
-            text = tomllib.loads(path.read_text())
+            text = tomllib.loads(path.read_text("utf-8-sig"))
+            for name, kind, known in PARTS:
+                if name not in text:
+                    raise ValueError(f"it has no {known}")
+                if not isinstance(text[name], kind):
+                    raise ValueError(f"{name} = {text[name]!r}: it must be {known}")
+            for name in ("plan", "thesis_table"):
+                if not isinstance(text.get(name, ""), str):
+                    raise ValueError(f"{name} = {text[name]!r}: it must be text")
             base = Run(**text.pop("run"))
-            runs = [run for values in text.pop("grid") for run in grid(base, **values)]
-            return cls(path.stem, base=base, runs=tuple(dict.fromkeys(runs)), **text)
-        except (KeyError, TypeError, ValueError) as error:
+            grids = text.pop("grid")
+            if not grids or not all(isinstance(values, dict) and values for values in grids):
+                raise ValueError("a grid of it names no field")
+            runs = [run for values in grids for run in grid(base, **values)]
+            study = cls(path.stem, base=base, runs=tuple(dict.fromkeys(runs)), **text)
+            with suppress(FileNotFoundError):  # the thesis's tables come with a checkout
+                tables = set(published("accuracy")["table"])
+                if study.thesis_table is not None and study.thesis_table not in tables:
+                    raise ValueError(
+                        f"thesis_table = {study.thesis_table!r}: the thesis has {', '.join(sorted(tables))}"
+                    )
+            return study
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a study: {error}") from error
 
     @property

@@ -6,6 +6,7 @@
 Not here: one run (`athena.training`), and who trains it (`athena.experiments.backends`).
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
@@ -17,16 +18,12 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from athena.experiments import data
-from athena.experiments.backends import trained
+from athena.experiments.backends import SweepError, trained
 from athena.experiments.cost import cost
 from athena.experiments.data import DataError
 from athena.experiments.store import Store, frame
 from athena.experiments.study import Study
-from athena.experiments.training import Run
-
-
-class SweepError(Exception):
-    """A sweep had to stop; all that was measured is in the store, and the same sweep goes on from there."""
+from athena.experiments.training import CODE, Run
 
 
 def sweep(
@@ -51,7 +48,7 @@ def sweep(
         device: where each run trains; by default a GPU if there is one.
         dask: the address of a Dask scheduler whose workers train instead.
         also: stores whose lines are taken over for runs that `store` lacks.
-        progress: whether to draw a progress bar; the time left is estimated from `cost`.
+        progress: whether to say what is taken over and to draw a progress bar; the time left is estimated from `cost`.
 
     Returns:
         One line of the store for each of `runs`, in their order.
@@ -59,19 +56,27 @@ def sweep(
     Raises:
         athena.data.DataError: a data set is not here, before anything is run.
         StoreError: see `Store`.
-        SweepError: the data differ from those of the store; or a run failed, raised after all others have ended.
+        SweepError: the data differ from those of the store; the Dask scheduler cannot be reached, or was lost; or a
+            run failed, raised after all others have ended.
+        ValueError: `workers` is below 1.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers}: it must be at least 1")
     with store.open() as append:
         done = store.runs()
         missing = sorted({run.key: run for run in runs if run.key not in done}.values(), key=cost)
         fingerprints = _fingerprints(missing, done.values())
         wanted = {run.key: run for run in missing}
-        for other in also:
+        for other in also if wanted else ():
+            taken = []
             for key, line in other.runs().items():
                 if key in wanted and line["fingerprint"] == fingerprints[wanted[key].dataset]:
                     append(line)
                     done[key] = line
                     del wanted[key]
+                    taken.append(line)
+            if taken and progress:
+                print(_taken_over(taken, other), file=sys.stderr)
         missing = list(wanted.values())
         failed: list[tuple[Run, Exception]] = []
         # closing: if anything is raised here, the workers are killed at once and not waited for
@@ -137,6 +142,13 @@ def _fingerprints(missing: Iterable[Run], lines: Iterable[dict[str, Any]]) -> di
                 f"{here[name]}: results on different data are not mixed. Use the same data, or another store"
             )
     return here
+
+
+def _taken_over(lines: Sequence[dict[str, Any]], store: Store) -> str:
+    """In words: what is not measured anew, and by which code it was."""
+    codes = sorted({line["code"] for line in lines})
+    by = "this code" if codes == [CODE] else f"code {', '.join(codes)}; this is {CODE}"
+    return f"{len(lines)} runs are taken over from {store.path.name}, measured by {by}"
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import ast
 import hashlib
 import inspect
 import json
-import math
 import platform
 import resource
 import sys
@@ -47,21 +46,22 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "monitor": (None, "validation", "test"),
     "restore_best": (True, False),
 }
-NUMBERS: dict[str, tuple[type, float]] = {
-    "fraction": (float, 0.0),
-    "factor": (float, -math.inf),
-    "seed": (int, -math.inf),
-    "epochs": (float, 0.0),
-    "batch_size": (int, 1),
-    "learning_rate": (float, 0.0),
-    "window": (float, 0.0),
-    "patience": (float, 0.0),
-    "threads": (int, 1),
-    "every": (int, 1),
-    "smoothing": (float, 0.0),
-    "weight_decay": (float, 0.0),
+FLOAT32_MAX = torch.finfo(torch.float32).max
+NUMBERS: dict[str, tuple[type, float, float]] = {
+    "fraction": (float, 0.0, 1.0),
+    "factor": (float, -FLOAT32_MAX, FLOAT32_MAX),
+    "seed": (int, 0, 2**32 - 1),  # PyTorch's generator takes no more than 32 bits of it
+    "epochs": (float, 0.0, 1e6),
+    "batch_size": (int, 1, 2**31 - 1),
+    "learning_rate": (float, 0.0, FLOAT32_MAX),
+    "window": (float, 0.0, 1e6),
+    "patience": (float, 0.0, 1e6),
+    "threads": (int, 1, 1024),
+    "every": (int, 1, 2**31 - 1),
+    "smoothing": (float, 0.0, 1.0),
+    "weight_decay": (float, 0.0, FLOAT32_MAX),
 }
-"""The fields that are numbers: of which kind, and not below what."""
+"""The fields that are numbers: of which kind, the least and the most."""
 SINCE: dict[str, Any] = {
     "every": 1,
     "control": None,
@@ -84,7 +84,7 @@ class Run:
         dataset: a name of `athena.data.NAMES`.
         fraction: the share of the training set, in (0, 1].
         factor: the LRP factor; 0 is plain training.
-        seed: of the initial weights, the subset and the order of the batches, all three.
+        seed: of the initial weights, the subset and the order of the batches, all three; from 0 to 2**32 - 1.
         epochs: passes over the subset; 3.6 are three passes and the first 60 % of the batches of a fourth.
         rule: a rule of `athena.rules` as text, ``"Epsilon(1e-06)"``.
         target, scope, normalise, granularity: as for `athena.Guidance`; target ``"predicted"`` is its None.
@@ -140,19 +140,21 @@ class Run:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"Run({name}={value!r}): it must be one of {', '.join(map(repr, allowed))}")
-        for name, (kind, least) in NUMBERS.items():
+        for name, (kind, least, most) in NUMBERS.items():
             value = getattr(self, name)
-            if not isinstance(value, Real) or not math.isfinite(value) or kind(value) != value or value < least:
-                known = "a whole number" if kind is int else "a number"
-                raise ValueError(f"Run({name}={value!r}): it must be {known}, finite and not below {least}")
+            a_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not a_number or not least <= value <= most:
+                raise ValueError(f"Run({name}={value!r}): it must be a number from {least} to {most}")
+            if kind(value) != value:
+                raise ValueError(f"Run({name}={value!r}): it must be a whole number")
             object.__setattr__(self, name, kind(value))
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"Run(fraction={self.fraction}): it must be above 0 and at most 1")
+        if self.fraction == 0:
+            raise ValueError(f"Run(fraction={self.fraction}): it must be above 0")
         if self.epochs == 0:
             raise ValueError("Run(epochs=0): it must be above 0")
         if self.epochs == int(self.epochs):  # written as the whole number that keys have been made of
             object.__setattr__(self, "epochs", int(self.epochs))
-        if self.smoothing >= 1:
+        if self.smoothing == 1:
             raise ValueError(f"Run(smoothing={self.smoothing}): it must be below 1")
         object.__setattr__(self, "rule", str(rules.parse(str(self.rule))))
         object.__setattr__(self, "restore_best", bool(self.restore_best))
@@ -162,12 +164,14 @@ class Run:
         if not isinstance(self.scope, str):
             if not isinstance(self.scope, list | tuple):
                 raise ValueError(f"Run(scope={self.scope!r}): it must be text or a list of module paths")
+            if not all(isinstance(name, str) for name in self.scope):
+                raise ValueError(f"Run(scope={self.scope!r}): it must be text or a list of module paths")
             object.__setattr__(self, "scope", tuple(self.scope))
 
     @property
     def key(self) -> str:
         """16 hex digits that tell this run from any other, the same on every machine."""
-        values = asdict(self)
+        values = dict(vars(self))
         for name, before in SINCE.items():  # so that what was measured before there was the field keeps its key
             if values[name] == before:
                 del values[name]
@@ -185,7 +189,9 @@ class Result:
         seconds: training alone, without loading, evaluation and early stopping's looks.
         peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
         stopped_at: the step after which early stopping ended the run, or None.
-        diverged: ``{"step", "layer"}`` of the first gradient that was not finite, or None.
+        diverged: ``{"step", "layer"}`` of the first gradient in a guided layer that was not finite, or of the first
+            layer whose weights were not, after the step at which they are looked at, the last of an epoch or a window;
+            or None.
         device, versions, code, fingerprint: on what, with what, by which version of this package, on which data.
         model: the trained network, in eval mode; not stored.
     """
@@ -332,12 +338,13 @@ class _Loop:
         self.seconds = 0.0
         self.steps = 0
         self.stopped_at: int | None = None
+        self.lost: dict[str, Any] | None = None
         self.stopping = None if run.monitor is None else _EarlyStopping(run, self.images)
 
     @property
     def diverged(self) -> dict[str, Any] | None:
         error = self.guidance.diverged
-        return None if error is None else {"step": error.step, "layer": error.layer}
+        return self.lost if error is None else {"step": error.step, "layer": error.layer}
 
     @property
     def total_steps(self) -> int:
@@ -388,6 +395,9 @@ class _Loop:
             if self.guidance.diverged is not None:
                 break
         self.seconds += _now(self.device) - begin
+        for name, weights in self.model.named_parameters():
+            if self.lost is None and not weights.isfinite().all():
+                self.lost = {"step": self.steps, "layer": name.rpartition(".")[0]}
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> float:

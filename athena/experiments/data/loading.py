@@ -3,9 +3,9 @@
 import functools
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from athena.experiments import places
 from athena.experiments.data import originals, stand_ins
-from athena.experiments.data.record import Arrays, DamagedData, DataError, DataSet, MissingData, UInt8
+from athena.experiments.data.record import Arrays, DamagedData, DataError, DataSet, MissingData, UInt8, scratch
 
 DATA_SETS: dict[str, DataSet] = {record.name: record for record in (*originals.DATA_SETS, *stand_ins.DATA_SETS)}
 NAMES = tuple(DATA_SETS)
@@ -127,7 +127,10 @@ def at_hand(name: str) -> str:
 def folder() -> Path:
     """Where data sets lie: $ATHENA_DATA, else data/ in the checkout, else data/ in the current folder."""
     if chosen := os.environ.get("ATHENA_DATA"):
-        return Path(chosen).expanduser().absolute()
+        try:
+            return Path(chosen).expanduser().absolute()
+        except RuntimeError as error:
+            raise MissingData(f"ATHENA_DATA is {chosen!r}, and there is no such user: {error}") from error
     return places.root() / "data"
 
 
@@ -194,13 +197,16 @@ def _download(record: DataSet, root: Path) -> None:
     """Downloads into a temporary folder, checks what came, and moves it into `root` in one step."""
     assert record.download is not None
     root.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".download-", dir=root) as scratch:
-        record.download(Path(scratch))
-        record.load(Path(scratch))
+    with scratch(root, "download") as folder:
+        with suppress(DataError):
+            record.load(root)
+            return  # another process has put it there meanwhile
+        record.download(folder)
+        record.load(folder)
         place = root / record.place
         place.parent.mkdir(exist_ok=True)
-        try:
-            (Path(scratch) / record.place).replace(place)
-        except OSError:
-            if not place.is_dir():
-                raise  # else another process has put it there meanwhile
+        if place.is_dir():  # with files of others in it, such as .DS_Store: they stay
+            for file in (folder / record.place).iterdir():
+                file.replace(place / file.name)
+        else:
+            (folder / record.place).replace(place)

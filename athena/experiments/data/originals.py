@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from athena.experiments.data.record import Arrays, DamagedData, DataSet, MissingData, UInt8
+from athena.experiments.data.record import Arrays, DamagedData, DataSet, MissingData, UInt8, scratch
 
 SILENCE_SECONDS = 10.0
 """How long a server may take to answer, and a download that has begun may stall."""
@@ -38,8 +37,8 @@ def from_torchvision(class_name: str, place: str, title: str, **known: Any) -> D
 
 
 def _read(class_name: str, place: str, title: str, folder: Path) -> Arrays:
-    if not (folder / place).is_dir():
-        raise MissingData(f"there is no {folder / place}")
+    if not (folder / place).is_dir() or all(path.name.startswith(".") for path in (folder / place).iterdir()):
+        raise MissingData(f"there is no {folder / place}, or nothing in it")
     try:
         train, test = (_torchvision(class_name)(folder, train=part) for part in (True, False))
     except Exception as error:  # of whatever class: torchvision leaves the errors of its readers as they are
@@ -98,16 +97,18 @@ def _read_cifar10(folder: Path) -> Arrays:
     train, test = _decoded(images / "train"), _decoded(images / "test")
     kinds = sorted({"PNG" if path.suffix.lower() == ".png" else "JPEG" for path in images.glob("*/*/*")})
     arrays = Arrays(*train, *test, source=f"CIFAR-10, {' and '.join(kinds)} image folders")
-    with contextlib.suppress(OSError), TemporaryDirectory(prefix=".convert-", dir=folder) as scratch:
+    with contextlib.suppress(OSError), scratch(folder, "convert") as place:
         content = {name: value for name, value in vars(arrays).items() if value is not None}
-        np.savez(Path(scratch) / converted.name, **content)
-        (Path(scratch) / converted.name).replace(converted)  # whole or not at all
+        np.savez(place / converted.name, **content)
+        (place / converted.name).replace(converted)  # whole or not at all
     return arrays
 
 
 def _read_converted(path: Path) -> Arrays:
     try:
         with path.open("rb") as file, np.load(file) as stored:
+            if stored.zip.testzip() is not None:  # numpy reads no further than a header says, and checks no sum then
+                raise ValueError("a checksum in it is wrong")
             content = {name: stored[name] for name in stored.files}
         return Arrays(**content | {"source": str(content["source"])})
     except Exception as error:  # numpy, zipfile and zlib each have errors of their own

@@ -2,14 +2,36 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock
 
 UInt8 = npt.NDArray[np.uint8]
+
+
+@contextmanager
+def scratch(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder in `folder`, for one process at a time. What a killed one has left in it goes first.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    place = folder / f".{name}"
+    with FileLock(folder / f".{name}.lock"):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        try:
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                (folder / f".{name}.lock").unlink()
 
 
 class DataError(Exception):
@@ -37,6 +59,18 @@ class Arrays:
     test_labels: UInt8
     source: str
     test_masks: npt.NDArray[np.bool_] | None = None
+
+    def problem(self) -> str | None:
+        """What is wrong with the shapes, the dtypes or the labels, or None."""
+        for part in ("train", "test"):
+            images, labels = (getattr(self, f"{part}_{what}") for what in ("images", "labels"))
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] not in ((1, 32, 32), (3, 32, 32)):
+                return f"its {part} images are {images.dtype} {images.shape}, expected uint8 (n, 1 or 3, 32, 32)"
+            if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+                return f"its {part} labels are {labels.dtype} {labels.shape}, expected uint8 {images.shape[:1]}"
+            if labels.max(initial=0) > 9:
+                return f"its {part} labels go up to {labels.max()}, expected 9"
+        return None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -80,7 +114,12 @@ class DataSet:
             MissingData: it is not there.
             DamagedData: it cannot be read, or is not the data set that the record describes.
         """
-        arrays = self.read(folder)
+        try:
+            arrays = self.read(folder)
+        except OSError as error:
+            raise DamagedData(
+                f"{self.name} cannot be read: {error}.\nSee that ATHENA_DATA names a folder, and that you may read it."
+            ) from error
         found, expected = (len(arrays.train_labels), len(arrays.test_labels)), (self.train, self.test)
         if found != expected:
             raise DamagedData(
@@ -92,4 +131,6 @@ class DataSet:
                 f"{self.name} in {folder} is damaged: its fingerprint is {arrays.fingerprint}, expected "
                 f"{self.fingerprint}.\n{self.remedy}"
             )
+        if problem := arrays.problem():
+            raise DamagedData(f"{self.name} in {folder} is damaged: {problem}.\n{self.remedy}")
         return arrays
