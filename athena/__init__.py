@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # Explaining and guiding need PyTorch alone; modules that need more are imported when they are first asked for.
-_MODULES = {"book", "evaluation", "experiments", *(name.partition(".")[2] for name in SHORT_NAMES)}
+_MODULES = {"attribution", "book", "evaluation", "experiments", *(name.partition(".")[2] for name in SHORT_NAMES)}
 _NAMES = {"Run": "training", "results": "experiments", "train": "training"}
 
 

@@ -75,6 +75,7 @@ NEEDS_MORE = {
     "import athena.data": "experiments",
     "athena.experiments": "experiments",
     "athena.Run": "experiments",
+    "athena.attribution": "attribution",
     "athena.quality": "attribution",
     "from athena.widgets import frames": "book",
     "r.conservation()": "experiments",
