@@ -20,8 +20,10 @@ def frame() -> pd.DataFrame:
 
 
 def test_a_difference_stands_in_points_with_its_interval() -> None:
-    assert tables.points({"difference": 0.00123, "low": -0.004, "high": 0.01}) == "+0.12 [-0.40, +1.00]"
-    assert tables.points({"difference": -0.5, "low": float("nan"), "high": float("nan")}) == "-50.00 (one pair)"
+    assert (
+        tables.points({"difference": 0.00123, "low": -0.004, "high": 0.01}) == "+0.12 [−0.40,\N{NO-BREAK SPACE}+1.00]"
+    )
+    assert tables.points({"difference": -0.5, "low": float("nan"), "high": float("nan")}) == "−50.00 (one pair)"
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
@@ -87,7 +89,7 @@ def test_the_thesis_stands_beside_its_own_shares_alone(frame: pd.DataFrame) -> N
     table = tables.comparison(statistics.compare(frame), published)
     row = published.set_index("percent").loc[10]
     assert table.loc["10", "thesis LRP"] == f"{row['accuracy_lrp']:.2f}"
-    assert table.loc["10", "thesis diff."] == f"{row['accuracy_lrp'] - row['accuracy_standard']:+.2f}"
+    assert table.loc["10", "thesis diff."] == tables.signed(row["accuracy_lrp"] - row["accuracy_standard"])
     assert table.loc["5", "thesis plain"] == table.loc["5", "thesis diff."] == ""
 
 
@@ -96,8 +98,9 @@ def test_an_endpoint_no_seed_has_reached_is_not_yet_run(frame: pd.DataFrame) -> 
     for runs, expected in ((frame, "+"), (partly, tables.NOT_RUN)):
         row = tables.endpoints(statistics.compare(runs, over="fraction"), ["0.2"], "factor").loc["0.2"]
         number = row["mean difference (points)"]
-        assert (number == expected) if runs is partly else number.startswith(("+", "-"))
-        assert row["verdict"] == "cannot be tested"  # with four pairs at most
+        assert (number == expected) if runs is partly else number.startswith(("+", "−"))
+        assert row["verdict"] == ("4 pairs: cannot be tested" if runs is frame else tables.NOT_RUN)
+        assert row["p (Holm)"] == ""  # no correction is made where nothing could be shown
         assert row["could be shown (points)"] == ("" if runs is partly else "none")
 
 
@@ -118,7 +121,7 @@ def test_the_largest_difference_is_told_with_its_share() -> None:
             "high": [0.02, 0.04, float("nan")],
         }
     )
-    assert tables.largest(table) == "+3.40 [+3.00, +4.00] at 20 %"
+    assert tables.largest(table) == "+3.40 [+3.00,\N{NO-BREAK SPACE}+4.00] at 20 %"
 
 
 def test_guided_steps_are_timed_beside_plain_ones_and_leave_the_network_alone() -> None:

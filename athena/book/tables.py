@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from athena import experiments
@@ -24,12 +25,17 @@ __all__ = [
     "largest",
     "percent",
     "points",
+    "possible",
     "say",
     "shown",
+    "signed",
+    "testable",
     "title",
+    "verdict",
 ]
 
 NOT_RUN = "not yet run"
+SPACE = "\N{NO-BREAK SPACE}"
 DIGITS = {"ms": 1, "peak MiB": 1, "MiB in step": 1, "calls": 0}
 """Digits after the point in the tables of benchmarks, where they are not 2."""
 
@@ -40,12 +46,39 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:
-    """The difference in a row of `statistics.compare` in points with its interval, ``"+0.12 [-0.30, +0.54]"``.
+    """The difference in a row of `statistics.compare` in points with its interval, ``"+0.12 [−0.30, +0.54]"``.
 
-    One pair alone has no interval, and is said to be one: ``"+0.12 (one pair)"``.
+    One pair alone has no interval, and is said to be one: ``"+0.12 (one pair)"``. Where the cell of a table is narrow,
+    its line breaks before the interval and not within it.
     """
-    difference, low, high = (f"{100 * row[name]:+.{digits}f}" for name in ("difference", "low", "high"))
-    return f"{difference} (one pair)" if pd.isna(row["low"]) else f"{difference} [{low}, {high}]"
+    difference, low, high = (signed(100 * row[name], digits) for name in ("difference", "low", "high"))
+    return f"{difference} (one pair)" if pd.isna(row["low"]) else f"{difference} [{low},{SPACE}{high}]"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, the minus as long as the plus: ``"−0.30"``."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def possible(measured: Any) -> Any:
+    """A row or a table of `statistics.compare` of accuracies, its intervals ended where no accuracy could be."""
+    found = measured.copy()
+    found["low"] = np.maximum(measured["low"], -measured["baseline_mean"])
+    found["high"] = np.minimum(measured["high"], 1 - measured["baseline_mean"])
+    return found
+
+
+def testable(row: Mapping[str, Any] | pd.Series) -> bool:
+    """Whether the pairs of a row of `statistics.compare` are enough for any p below the level that it is tested at."""
+    return bool(row["p_least"] < statistics.LEVEL)
+
+
+def verdict(row: Mapping[str, Any] | pd.Series) -> str:
+    """The verdict on a row of `statistics.compare`, with the number of pairs where these are too few for any."""
+    found = statistics.verdict(row)
+    if found != "cannot be tested":
+        return found
+    return f"{row['n']:g} pair{'' if row['n'] == 1 else 's'}: {found}" if row["n"] else NOT_RUN
 
 
 def benchmark(name: str) -> tuple[str, dict[str, pd.DataFrame]]:
@@ -110,7 +143,8 @@ def comparison(
 ) -> pd.DataFrame:
     """One guided arm against plain training, one row for each share of the data, the largest first.
 
-    *p* is that of the one cell, uncorrected: cells are secondary, and get no verdict.
+    *p* is that of the one cell, uncorrected: cells are secondary, and get no verdict. Of cells with so few pairs that
+    no p gets below 0.05 it says that they cannot be tested. An interval ends where no accuracy could be.
 
     Args:
         table: rows of `statistics.compare` for that arm, with the column `fraction`.
@@ -119,22 +153,33 @@ def comparison(
     """
     wanted = sorted({*table["fraction"], *fractions}, reverse=True)
     table = table.set_index("fraction").reindex(wanted).reset_index()
+    table = possible(table)
     columns = {
         "data (%)": (100 * table["fraction"]).map("{:g}".format),
+        "difference": [points(row) if row["n"] > 0 else NOT_RUN for _, row in table.iterrows()],
+    }
+    theirs = None if published is None else statistics.beside(table, published)
+    if theirs is not None:
+        columns["thesis diff."] = (100 * theirs["thesis_difference"]).map(signed)
+    columns |= {
+        "p": [_p_of_one(row) for _, row in table.iterrows()],
         "pairs": table["n"].fillna(0).astype(int),
         "plain": (100 * table["baseline_mean"]).map("{:.2f}".format),
         "guided": (100 * table["mean"]).map("{:.2f}".format),
-        "difference": [points(row) if row["n"] > 0 else NOT_RUN for _, row in table.iterrows()],
-        "p": table["p"].map("{:.3f}".format),
     }
-    if published is not None:
-        theirs = statistics.beside(table, published)
+    if theirs is not None:
         columns |= {
             "thesis plain": (100 * theirs["thesis_plain"]).map("{:.2f}".format),
             "thesis LRP": (100 * theirs["thesis_lrp"]).map("{:.2f}".format),
-            "thesis diff.": (100 * theirs["thesis_difference"]).map("{:+.2f}".format),
         }
     return shown(pd.DataFrame(columns).replace({"nan": "", "+nan": ""}), "data (%)")
+
+
+def _p_of_one(row: pd.Series) -> str:
+    """The p of a cell that stands by itself: no other cell makes it untestable."""
+    if not row["n"] > 0:
+        return ""
+    return f"{row['p']:.3f}" if 2.0 ** (1 - row["n"]) < statistics.LEVEL else f"{row['n']:.0f} pairs: cannot be tested"
 
 
 def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataFrame:
@@ -147,12 +192,12 @@ def endpoints(table: pd.DataFrame, names: Sequence[str], first: str) -> pd.DataF
     """
     columns = {
         first: list(names),
-        "pairs": table["n"],
+        "verdict": [verdict(row) for _, row in table.iterrows()],
         "mean difference (points)": [points(row) if row["n"] else NOT_RUN for _, row in table.iterrows()],
         "p": table["p"].map("{:.3f}".format),
-        "p (Holm)": table["p_holm"].map("{:.3f}".format),
+        "p (Holm)": [f"{row['p_holm']:.3f}" if testable(row) else "" for _, row in table.iterrows()],
         "could be shown (points)": [detectable(row) for _, row in table.iterrows()],
-        "verdict": [statistics.verdict(row) for _, row in table.iterrows()],
+        "pairs": table["n"],
     }
     return shown(pd.DataFrame(columns).replace("nan", ""), first)
 

@@ -34,6 +34,7 @@ def accuracy(
     if factor:
         guided = frame[frame["factor"] == factor]
         arms[f"guided, factor {factor:g} (n = {seeds(guided)})"] = (factor, GUIDED, "s")
+    of_factor = f"factor {factor:g}, " if factor else "plain, "
     with style():
         figure, axes = canvas(1, 2, (8.4, 3.5))
         for axis, most, name in zip(axes, (100, LOW_DATA), ("full", "low"), strict=True):
@@ -43,7 +44,10 @@ def accuracy(
                 shown = published[published["percent"] <= most].sort_values("percent")
                 for column, line, what in (("accuracy_standard", ":", "standard"), ("accuracy_lrp", "--", "LRP")):
                     axis.plot(shown["percent"], shown[column], line, color=THESIS, label=f"{published_name}, {what}")
-            axis.set(xlabel="share of the training data (%)", title="full range" if most == 100 else f"1 to {most} %")
+            axis.set(
+                xlabel="share of the training data (%)",
+                title=of_factor + ("full range" if most == 100 else f"1 to {most} %"),
+            )
             axis.set_ylim(limits[name] if limits else _around_the_lines(axis))
         axes[0].set_ylabel("test accuracy (%)")
         axes[0].legend(loc="best")
@@ -58,7 +62,7 @@ def seeds(runs: pd.DataFrame) -> str:
 
 
 def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None = None) -> Figure:
-    """Guided less plain accuracy against the share of the data, one panel for each factor, each with its own scale.
+    """Guided minus plain accuracy against the share of the data, one panel for each factor, each with its own scale.
 
     Args:
         table: from `athena.statistics.compare`, with columns factor and fraction.
@@ -83,7 +87,7 @@ def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None
             axis.set_title(f"factor {factor:g}")
             axis.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
-            axis.set_ylabel("guided less plain (points)")
+            axis.set_ylabel("guided − plain (points)")
         for axis in axes[-1]:
             axis.set_xlabel("share of the training data (%)")
     return figure
@@ -109,12 +113,12 @@ def paired(frame: pd.DataFrame, arms: Sequence[tuple[str, Mapping[str, Any]]]) -
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(range(len(arms)), [name for name, _ in arms])
         axis.set_ylim(len(arms) - 0.5, -0.5)
-        axis.set_xlabel("guided less plain, test accuracy (points); dots: pairs; square: mean and 95 % interval")
+        axis.set_xlabel("guided − plain, test accuracy (points); dots: pairs; square: mean and 95 % interval")
     return figure
 
 
 def starts(table: pd.DataFrame, names: Mapping[str, str]) -> Figure:
-    """Guided less plain accuracy for each start of relevance, epsilon, factor and share of the data, as a map.
+    """Guided minus plain accuracy for each start of relevance, epsilon, factor and share of the data, as a map.
 
     Args:
         table: from `athena.statistics.compare`, with columns target, rule, factor and fraction.
@@ -138,7 +142,7 @@ def starts(table: pd.DataFrame, names: Mapping[str, str]) -> Figure:
         for axis in axes[-1]:
             axis.set_xlabel("factor")
         axes[len(names) // 2, 0].set_ylabel("share of the data")
-        bar = figure.colorbar(image, ax=axes, shrink=0.7, label="guided less plain (points)")
+        bar = figure.colorbar(image, ax=axes, shrink=0.7, label="guided − plain (points)")
         bar.set_ticks([-50, -10, -1, 0, 1, 10, 50], labels=["−50", "−10", "−1", "0", "1", "10", "50"])
     return figure
 

@@ -57,7 +57,7 @@ class _Pair:
         gains = ", ".join(f"{100 * (guided[-1][1] - plain[-1][1]):+.1f}" for plain, guided in pairs)
         now = (
             f"Run {len(pairs)}, epoch {done:.2f} of {self.epochs}: plain {100 * plain:.1f} %, guided "
-            f"{100 * pairs[-1][1][-1][1]:.1f} %. Guided less plain, by seed: {gains} points. Seeds differ by chance; "
+            f"{100 * pairs[-1][1][-1][1]:.1f} %. Guided minus plain, by seed: {gains} points. Seeds differ by chance; "
             "one pair shows nothing."
         )
         return " ".join([*self.notes, now])

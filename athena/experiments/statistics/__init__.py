@@ -4,11 +4,12 @@ It computes numbers from a table of finished runs; it trains nothing, reads no f
 """
 
 from athena.experiments.statistics.chance import chance
-from athena.experiments.statistics.comparing import beside, compare, family, ratio, summary, verdict
+from athena.experiments.statistics.comparing import LEVEL, beside, compare, family, ratio, summary, verdict
 from athena.experiments.statistics.efficiency import data_efficiency
 from athena.experiments.statistics.pairing import paired, run_fields
 
 __all__ = [
+    "LEVEL",
     "beside",
     "chance",
     "compare",
