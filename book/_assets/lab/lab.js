@@ -149,7 +149,7 @@
 
   // Curves in an SVG: the look is that of lab.css, so that it follows light and dark.
   function chart(svg, points) {
-    const [width, height, left, bottom, top, right] = [480, 240, 44, 34, 12, 10];
+    const [width, height, left, bottom, top, right] = [480, 250, 44, 46, 12, 14];
     const x = (epoch) => left + ((width - left - right) * epoch) / EPOCHS;
     const y = (share) => top + (height - top - bottom) * (1 - share);
     const line = (pick, kind) => {
@@ -160,10 +160,10 @@
     const shares = [0, 0.25, 0.5, 0.75, 1];
     const rules = shares.map((s) => `<line class="rule" x1="${left}" x2="${width - right}" y1="${y(s)}" y2="${y(s)}"/>
       <text x="${left - 6}" y="${y(s) + 5}" text-anchor="end">${100 * s}</text>`);
-    const ticks = [0, 5, 10, 15, 20].map((e) => `<text x="${x(e)}" y="${height - 17}" text-anchor="middle">${e}</text>`);
+    const ticks = [0, 5, 10, 15, 20].map((e) => `<text x="${x(e)}" y="${height - 26}" text-anchor="middle">${e}</text>`);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     svg.innerHTML = `${rules.join("")}${ticks.join("")}
-      <text x="${(left + width) / 2}" y="${height - 2}" text-anchor="middle">epochs</text>
+      <text x="${(left + width) / 2}" y="${height - 5}" text-anchor="middle">epochs</text>
       ${line((p) => p.train[0], "plain thin")}${line((p) => p.train[1], "guided thin")}
       ${line((p) => p.test[0], "plain")}${line((p) => p.test[1], "guided")}`;
   }
@@ -279,10 +279,10 @@
       <div class="lab-controls">
         <div class="lab-factor">
           <label for="${id}-size">LRP factor λ</label>
-          <output for="${id}-size"></output>
+          <span class="lab-value" aria-hidden="true"></span>
           <input type="range" id="${id}-size" min="0" max="${STOPS}" step="1">
         </div>
-        <fieldset class="lab-sign"><legend>Sign</legend>
+        <fieldset class="lab-sign" aria-label="Sign of λ">
           <label><input type="radio" name="${id}-sign" value="1" checked> + what is relevant learns faster</label>
           <label><input type="radio" name="${id}-sign" value="-1"> − it is damped</label>
         </fieldset>
@@ -319,7 +319,7 @@
       </div>`;
     const find = (selector) => root.querySelector(selector);
     const named = (name) => find(`[data-name="${name}"]`);
-    const [slider, output, typed, go, status, svg] = [find("input[type=range]"), find("output"), named("typed"), find(".lab-go"), find(".lab-status"), find("svg")];
+    const [slider, output, typed, go, status, svg] = [find("input[type=range]"), find(".lab-value"), named("typed"), find(".lab-go"), find(".lab-status"), find("svg")];
     const [seen, ...maps] = root.querySelectorAll("figure");
     let [factor, run, running, trained, wait, ready, points, answers, digit] = [10, 0, false, false, 0, null, [], null, null];
 
