@@ -156,6 +156,14 @@ def test_a_slider_that_has_lost_its_link_is_noticed(context: BrowserContext) -> 
         path.unlink()
 
 
+@pytest.mark.parametrize("name", ["index", "play"])
+def test_a_reader_can_move_the_factor_before_scrolling(context: BrowserContext, name: str) -> None:
+    page, _ = opened(context, HTML / f"{name}.html")
+    for part in ("input[type=range]", ".lab-go"):
+        place = page.locator(f".athena-lab {part}").bounding_box()
+        assert place is not None and place["y"] + place["height"] < 900, part
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_every_picture_says_in_words_what_it_shows(context: BrowserContext, name: str) -> None:
     page, _ = opened(context, HTML / f"{name}.html")
