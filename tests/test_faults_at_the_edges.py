@@ -64,7 +64,10 @@ def twins(build: Callable[[Any], nn.Module], *variants: Any) -> list[nn.Module]:
 def test_a_bias_added_by_hand_is_that_of_the_layer(name: str, rule: Rule) -> None:
     by_hand, fused = twins(WithBias, BIASES[name], None)
     x = images(3, 6)
-    close(athena.lrp(by_hand, x, rule=rule).input, athena.lrp(fused, x, rule=rule).input)
+    explained, twin = (athena.lrp(model, x, rule=rule) for model in (by_hand, fused))
+    close(explained.input, twin.input)
+    for parameter in ("weight", "bias"):
+        close(explained.parameters[parameter], twin.parameters[parameter])
     found, expected = (guided_gradients(m, x, {p: 0.7}, rule=rule) for m, p in ((by_hand, "weight"), (fused, "weight")))
     for parameter in expected:
         close(found[parameter], expected[parameter])
