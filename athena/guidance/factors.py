@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, LinearLRP
 from athena.propagation.paths import path_of_parameter
@@ -16,6 +17,11 @@ SCOPES: dict[str, tuple[type[AffineLRP], ...]] = {
     "linear": (LinearLRP,),
     "convolutional": (ConvolutionalLRP,),
 }
+NEVER_GUIDED = (
+    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase),
+    *(nn.RNNCellBase, nn.PReLU),
+)
+"""Modules whose parameters are the weights of no linear layer or convolution that autograd shows."""
 
 
 class Factors:
@@ -26,35 +32,87 @@ class Factors:
         model: whose layers they name.
 
     Raises:
-        ValueError, TypeError: they are not of that form, or name what the model does not have.
+        ValueError, TypeError: they are not of that form, or name what the model does not have or what is never guided.
     """
 
     def __init__(self, factor: float | Mapping[str, float], scope: str | Sequence[str], model: nn.Module) -> None:
-        self.factor, self.scope = factor, scope
-        self.by_path = dict(factor) if isinstance(factor, Mapping) else None
-        given = {"": factor} if self.by_path is None else self.by_path
-        for path, number in given.items():
-            if not isinstance(number, int | float) or not math.isfinite(number):
-                raise TypeError(f"factor{f' of {path!r}' if path else ''} is {number!r}; give a finite number")
-        paths = set() if self.by_path is None else set(self.by_path)
+        self.scope, self.model = scope, model
+        self.factor = (
+            {path: _number(value, f" of {path!r}") for path, value in factor.items()}
+            if isinstance(factor, Mapping)
+            else _number(factor)
+        )
+        self.by_path = self.factor if isinstance(self.factor, dict) else None
+        paths = set(self.by_path or ())
         if isinstance(scope, str):
             one_of("scope", scope, tuple(SCOPES), "or a list of module paths")
         else:
             paths.update(scope)
-        known = {path_of_parameter(name) for name, _ in model.named_parameters() if not name.endswith("bias")}
+        known, never = {path_of_parameter(name) for name, _, _ in _weights(model)}, _never_guided(model)
         if unknown := sorted(paths - known):
-            raise ValueError(f"the model has no layer with weights at {unknown}; it has {sorted(known)}")
+            raise ValueError(f"the model has no layer with weights at {unknown}; it has {sorted(known - set(never))}")
+        if named := sorted(paths & set(never)):
+            raise ValueError(
+                f"{', '.join(f'{path!r} ({never[path]})' for path in named)} can never be guided: guidance acts at "
+                f"linear layers and convolutions, here {sorted(known - set(never))}"
+            )
 
     def of(self, path: str, kind: type[AffineLRP]) -> float:
         """The factor of the layer at `path`; 0 where it is not guided."""
         if self.by_path is not None:
-            return float(self.by_path.get(path, 0.0))
+            return self.by_path.get(path, 0.0)
         inside = kind in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope
-        return float(self.factor) if inside else 0.0  # type: ignore[arg-type]
+        return self.factor if inside else 0.0  # type: ignore[return-value]
+
+    def names_frozen(self) -> bool:
+        """Whether a weight that would be guided asks for no gradient now."""
+        never = _never_guided(self.model)
+        for name, weight, _ in _weights(self.model):
+            path, kind = path_of_parameter(name), LinearLRP if weight.dim() <= 2 else ConvolutionalLRP
+            if not weight.requires_grad and path not in never and self.of(path, kind):
+                return True
+        return False
 
     def __bool__(self) -> bool:
         """Whether there is one that is not 0."""
         return bool(self.factor) if self.by_path is None else any(self.by_path.values())
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
+    """The name of each parameter but biases, by its first place in the model; the parameter; the module it is of."""
+    found, seen = [], set[int]()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and not name.endswith("bias"):
+                seen.add(id(parameter))
+                found.append((f"{path}.{name}".removeprefix("."), parameter, module))
+    return found
+
+
+def _never_guided(model: nn.Module) -> dict[str, str]:
+    """The kind of module at each path whose weights can never be guided. A weight shared with a linear layer can."""
+    elsewhere = {
+        id(parameter)
+        for module in model.modules()
+        if not isinstance(module, NEVER_GUIDED)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {
+        path_of_parameter(name): type(module).__name__
+        for name, weight, module in _weights(model)
+        if isinstance(module, NEVER_GUIDED) and id(weight) not in elsewhere
+    }
+
+
+def _number(value: Any, of: str = "") -> float:
+    """A number of Python, numpy or torch, as a float."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0 else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TypeError(f"factor{of} is {value!r}; give a finite number")
+    return number
 
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...], otherwise: str = "") -> None:

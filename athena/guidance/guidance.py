@@ -6,9 +6,8 @@ the ordinary backward pass that follows, the gradient that reaches the output of
 the network's output is left alone. Not here: the training loop (`athena.training`, or the user's own).
 """
 
-import copy
 import copyreg
-import threading
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from athena.guidance.factors import Factors, one_of
+from athena.guidance.guided import GuidedForward, Here, Idle, refuse_guided, refuse_transforms, unwrapped
 from athena.guidance.scaling import GRANULARITY, NORMALISE, DivergedError, Scaling, Signal, Signals
 from athena.propagation.affine import Layer
 from athena.propagation.layer import UnsupportedLayer
@@ -36,7 +36,14 @@ class Guidance:
     """Guides the training of `model` by relevance from now on, until `remove` or the end of a ``with`` block.
 
     It acts on forward passes in training mode with gradients enabled. Passes in eval mode or under ``no_grad``, passes
-    whose factors are all 0, and those that `every` skips run the unmodified model.
+    whose factors are all 0, in which all layers to guide are frozen, and those that `every` skips run the unmodified
+    model. Of a model in `DistributedDataParallel` or the like, the module inside is guided.
+
+    All arguments but `model` and `signal` are attributes too, which may be set between two steps, and are checked as
+    at the start. A factor that grows over the first thousand steps::
+
+        for step, (x, y) in enumerate(loader):
+            guidance.factor = 0.1 * min(step / 1000, 1)
 
     Under autocast the gradient at a layer has the lower precision. In bfloat16, a scaling by less than one part in 512
     is rounded away: a factor of 0.001 then does nothing where relevance stays below 2. In float16 a gradient that
@@ -51,8 +58,8 @@ class Guidance:
             the guided layers. Negative numbers damp what is relevant.
         rule: as for `athena.lrp`.
         scope: which layers are guided: ``"all"``, ``"linear"``, ``"convolutional"``, or a list of module paths.
-        target: what relevance starts from, as for `athena.lrp`, or ``"label"``: the logit of the true class; then set
-            ``guidance.labels = y`` before each forward pass.
+        target: what relevance starts from, as for `athena.lrp`, or ``"label"``: the logit of the true class, of
+            `labels`.
         normalise: None as in the thesis, or divide the relevance of each sample in each layer by its largest
             magnitude (``"max"``) or its root mean square (``"rms"``).
         granularity: ``"sample"``, one relevance for each neuron and sample as in the thesis, or ``"neuron"``, the
@@ -68,13 +75,15 @@ class Guidance:
             the function has an attribute ``needs_relevance`` that is False, relevance is not computed, and is None.
 
     Attributes:
-        labels: (batch,) class indices for the next forward pass, with ``target="label"``; used up by it.
+        labels: with ``target="label"``, the (batch,) class indices for the next forward pass, which uses them up; or a
+            function that finds them from the arguments of each forward pass. Where none are set, those that the
+            model is called with, ``model(x, labels=y)``.
         step: how many forward passes there have been that it acts on, those that `every` skips among them.
         diverged: the `DivergedError` recorded, or None.
 
     Raises:
         ValueError, TypeError: an argument is none of the above; the message names the value and what there is.
-        RuntimeError: the model, or a part of it, is guided already.
+        RuntimeError: the model, a part of it, or a model that it is a part of is guided already.
     """
 
     def __init__(
@@ -90,37 +99,26 @@ class Guidance:
         every: int = 1,
         signal: Signal | None = None,
     ) -> None:
-        one_of("normalise", normalise, NORMALISE)
-        one_of("granularity", granularity, GRANULARITY)
-        one_of("on_divergence", on_divergence, ("raise", "record"))
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every={every!r}: give a whole number of forward passes, at least 1")
         if signal is not None and not callable(signal):
             raise TypeError(f"signal={signal!r}: give a function of relevance, gradient and output, or None")
-        if isinstance(target, str):
-            one_of("target", target, ("softmax", "logits", "label"))
-        self.model, self.rule, self.target, self.every = model, RuleChoice(rule), target, every
-        self.on_divergence = on_divergence
+        self.model = model = unwrapped(model)
         self._paths = Paths(model)
-        _refuse_guided_parts(model)
+        refuse_guided(model)
+        self._signals = Signals(None, "sample", signal)
         self._factors = Factors(factor, scope, model)
-        self._signals = Signals(normalise, granularity, signal)
-        self.labels: Tensor | None = None
+        self.rule, self.target, self.every = rule, target, every
+        self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
+        self.labels: Tensor | Callable[..., Tensor] | None = None
         self.step = 0
         self.diverged: DivergedError | None = None
-        self._zeros = self.rule.absolute is not False  # a function may choose any rule
-        self._here = threading.local()
+        self._here, self._idle, self._ended = Here(), Idle(model), False
         self._parameters = list(model.parameters())
-        # What the graph does not tell is noted, and operations are recorded, until a pass has shown that nothing of
-        # it is needed.
-        self._takes_notes = self._tries = True
-        self._replicas = model.register_forward_pre_hook(self._refuse_replica)
-        self._own = vars(model).get("forward")
-        model.forward = GuidedForward(self, model.forward)
+        self._called = model.register_forward_pre_hook(self._note_call)
+        self._forward = GuidedForward(model, self._pass)
 
     @property
     def factor(self) -> float | Mapping[str, float]:
-        """The LRP factor. It may be set between two steps, and is checked as at the start."""
+        """The LRP factor."""
         return self._factors.factor
 
     @factor.setter
@@ -129,7 +127,7 @@ class Guidance:
 
     @property
     def scope(self) -> str | Sequence[str]:
-        """The guided layers. They may be set between two steps, and are checked as at the start."""
+        """The guided layers."""
         return self._factors.scope
 
     @scope.setter
@@ -137,14 +135,73 @@ class Guidance:
         self._factors = Factors(self.factor, scope, self.model)
 
     @property
+    def rule(self) -> RuleFor:
+        """How relevance is shared out."""
+        return self._rules.rule
+
+    @rule.setter
+    def rule(self, rule: RuleFor) -> None:
+        self._rules = RuleChoice(rule)
+        self._zeros = self._rules.absolute is not False  # a function may choose any rule
+        # What the graph does not tell is noted, and operations are recorded, until a pass has shown that nothing of
+        # it is needed.
+        self._takes_notes = self._tries = True
+
+    @property
+    def target(self) -> Target:
+        """What relevance starts from."""
+        return self._target
+
+    @target.setter
+    def target(self, target: Target) -> None:
+        if isinstance(target, str):
+            one_of("target", target, ("softmax", "logits", "label"))
+        self._target = target
+
+    @property
     def normalise(self) -> str | None:
         """How relevance is normalised."""
         return self._signals.normalise
+
+    @normalise.setter
+    def normalise(self, normalise: str | None) -> None:
+        one_of("normalise", normalise, NORMALISE)
+        self._signals = Signals(normalise, self.granularity, self._signals.signal)
 
     @property
     def granularity(self) -> str:
         """Over what relevance is averaged."""
         return self._signals.granularity
+
+    @granularity.setter
+    def granularity(self, granularity: str) -> None:
+        one_of("granularity", granularity, GRANULARITY)
+        self._signals = Signals(self.normalise, granularity, self._signals.signal)
+
+    @property
+    def on_divergence(self) -> str:
+        """What to do where a gradient is no longer finite."""
+        return self._on_divergence
+
+    @on_divergence.setter
+    def on_divergence(self, on_divergence: str) -> None:
+        one_of("on_divergence", on_divergence, ("raise", "record"))
+        self._on_divergence = on_divergence
+
+    @property
+    def every(self) -> int:
+        """One forward pass in so many is guided."""
+        return self._every
+
+    @every.setter
+    def every(self, every: int) -> None:
+        try:
+            number = operator.index(every)
+        except TypeError:
+            number = 0
+        if number < 1:
+            raise ValueError(f"every={every!r}: give a whole number of forward passes, at least 1")
+        self._every = number
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of a guided model is not guided: its copy of this object does nothing."""
@@ -156,37 +213,62 @@ class Guidance:
         return copyreg.__newobj__, (type(self),)  # type: ignore[attr-defined]
 
     def remove(self) -> None:
-        """Ends the guidance; the model trains plainly again."""
-        self._replicas.remove()
-        if isinstance(guided := vars(self.model).get("forward"), GuidedForward) and guided.guidance is self:
-            del self.model.forward
-            if self._own is not None:
-                self.model.forward = self._own
+        """Ends the guidance; the model trains plainly again.
+
+        Warns where the model was trained and no forward pass was guided, with the likely cause.
+        """
+        self._end(stacklevel=3)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._end(stacklevel=3, warns=kind is None)
 
-    def _refuse_replica(self, model: nn.Module, inputs: Any) -> None:
-        if "model" in vars(self) and "_is_replica" in vars(model):
+    def _end(self, stacklevel: int, warns: bool = True) -> None:
+        if "model" not in vars(self) or self._ended:  # the first: of a copy
+            return
+        self._ended = True
+        self._called.remove()
+        self._forward.remove()
+        self._drop_late()
+        if warns and self.step == 0 and self._factors and (sentence := self._idle.sentence()):
+            warnings.warn(sentence, stacklevel=stacklevel)
+
+    def _note_call(self, model: nn.Module, inputs: Any) -> None:
+        if torch.compiler.is_compiling() or "model" not in vars(self):
+            return
+        if "_is_replica" in vars(model):
             raise UnsupportedLayer(
                 "nn.DataParallel trains copies of the model, one on each device, which cannot be guided; "
                 "DistributedDataParallel can"
             )
+        self._here.called = True
+
+    def _is_off(self) -> bool:
+        """Whether a forward pass that runs now is none to be guided."""
+        if self._ended or not self._factors or not torch.is_grad_enabled():
+            self._idle.off |= not self._factors
+            return True
+        if not self.model.training:
+            self._idle.reason = "its forward passes were in eval mode, in which guidance rests; call model.train()"
+            return True
+        return False
 
     def _pass(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward pass, after which the gradients that come back are scaled. Nothing stays behind if it fails."""
-        if not self.model.training or not torch.is_grad_enabled() or not self._factors:
-            return forward(*args, **kwargs)
-        if getattr(self._here, "passing", False):  # the model calls itself
+        here = self._here
+        called, here.called = here.called, False
+        if self._is_off() or here.passing:  # the latter: the model calls itself
             return forward(*args, **kwargs)
         if self.step % self.every:
-            self.step, self.labels = self.step + 1, None
+            self.step += 1
+            self._drop_labels()
             return forward(*args, **kwargs)
+        refuse_transforms()
+        self._drop_late()
         notes = Notes(zeros=self._zeros, given=tensors_in(args, kwargs))
-        self._here.passing = True
+        here.passing = True
         try:
             if self._takes_notes or not all(parameter.requires_grad for parameter in self._parameters):
                 with recording(notes) if self._tries else nullcontext(), notes:
@@ -194,24 +276,55 @@ class Guidance:
             else:
                 output = forward(*args, **kwargs)
         finally:
-            self._here.passing = False
-        self.step += 1
-        try:
-            self._guide(notes, output)
-        except Refusal as refusal:
-            sentence = self._sentence(refusal, forward, args, kwargs)
-            raise UnsupportedLayer(sentence) from None
+            here.passing = False
+
+        def finish(output: Any) -> None:
+            try:
+                self._guide(notes, output, args, kwargs)
+            except Refusal as refusal:
+                sentence = self._sentence(refusal, forward, args, kwargs)
+                raise UnsupportedLayer(sentence) from None
+
+        if called and self.model._forward_hooks:  # they may change the output, or give another
+            self._after_hooks(finish)
+        else:
+            finish(output)
         return output
 
-    def _guide(self, notes: Notes, output: Any) -> None:
+    def _after_hooks(self, finish: Callable[[Any], None]) -> None:
+        """Has `finish` see what the forward hooks of the model make of its output: one that is added now comes last."""
+
+        def last(model: nn.Module, inputs: Any, output: Any) -> None:
+            self._drop_late()
+            finish(output)
+
+        self._here.late = self.model.register_forward_hook(last)
+
+    def _drop_late(self) -> None:
+        if self._here.late is not None:
+            self._here.late.remove()
+            self._here.late = None
+
+    def _drop_labels(self) -> None:
+        if not callable(self.labels):
+            self.labels = None
+
+    def _guide(self, notes: Notes, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
+        self.step += 1
         # set_grad_enabled does what no_grad does in a third of the calls
         with torch.set_grad_enabled(False):
-            walk, scaling, guided = self._guided_layers(notes, output)
+            found = self._guided_layers(notes, output)
+            if found is None:
+                self.step -= 1
+                self._drop_labels()
+                self._takes_notes = self._tries = True
+                return
+            walk, scaling, guided = found
             if not self._signals.needs_relevance:
                 scaling.relevance = dict.fromkeys(range(len(guided)))
             else:
-                _, starts = starts_down(output, self._target(), self._zeros)
+                _, starts = starts_down(output, self._start(args, kwargs), self._zeros)
                 del output
                 if notes.packs:
                     within_backward(walk, starts)
@@ -221,7 +334,8 @@ class Guidance:
         self._tries = walk.tries
         self._takes_notes = notes.needed or walk.uses_notes or self._zeros or self._tries
 
-    def _guided_layers(self, notes: Notes, output: Any) -> tuple[Walk, Scaling, list[Layer]]:
+    def _guided_layers(self, notes: Notes, output: Any) -> tuple[Walk, Scaling, list[Layer]] | None:
+        """The walk, and the guided layers that it has found; None where all that would be guided are frozen."""
         outputs, signals = tensors_in(output), self._signals
         scaling = Scaling(signals, self.step, self._note_divergence)
         numbers: dict[Any, tuple[int, torch.Size]] = {}
@@ -230,7 +344,7 @@ class Guidance:
             number, shape = numbers[layer.node]
             scaling.relevance[number] = signals.shaped(relevance, shape) if signals.signal is None else relevance
 
-        walk = Walk(notes, self._paths, self.rule, self._factors.of, take)
+        walk = Walk(notes, self._paths, self._rules, self._factors.of, take)
         walk.explore(outputs)
         if notes.without_graph and walk.has_reentrant_checkpoint:
             path = self._paths.of(notes.without_graph[0])
@@ -242,6 +356,9 @@ class Guidance:
             walk.layers[node].wanted = 0.0
         guided = [layer for layer in walk.layers.values() if layer.wanted]
         if not guided:
+            if self._factors.names_frozen():
+                self._idle.reason = f"all layers that scope={self.scope!r} guides were frozen"
+                return None
             raise UnsupportedLayer(
                 f"scope={self.scope!r} guides no layer that {type(self.model).__name__} used in this forward pass "
                 "(the layer that makes the output is never guided; a compiled or scripted model cannot be)"
@@ -260,12 +377,19 @@ class Guidance:
             raise error
         self.diverged = self.diverged or error
 
-    def _target(self) -> Target:
+    def _start(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Target:
+        """The target of this forward pass."""
         if not (isinstance(self.target, str) and self.target == "label"):
             return self.target
-        labels, self.labels = self.labels, None
+        labels = self.labels(*args, **kwargs) if callable(self.labels) else self.labels
+        self._drop_labels()
         if labels is None:
-            raise RuntimeError("target='label' needs the classes: set guidance.labels = y before each forward pass")
+            labels = kwargs.get("labels")
+        if labels is None:
+            raise RuntimeError(
+                "target='label' needs the classes: set guidance.labels = y before each forward pass, or to a function "
+                "of the forward pass's arguments, or call the model with labels=y"
+            )
         return labels
 
     def _sentence(self, refusal: Refusal, forward: Callable[..., Any], args: Any, kwargs: Any) -> str:
@@ -275,7 +399,9 @@ class Guidance:
             with trace.watching(), recording(trace), trace:
                 output = forward(*args, **kwargs)
             with torch.no_grad():
-                walk, _, _ = self._guided_layers(trace, output)
+                found = self._guided_layers(trace, output)
+                assert found is not None
+                walk, _, _ = found
                 ones = [(out, torch.ones_like(out)) for out in tensors_in(output) if out.is_floating_point()]
                 walk.run(ones)
         except Refusal as again:
@@ -283,36 +409,3 @@ class Guidance:
         except Exception:  # a forward pass that cannot be run twice; the step has failed already
             pass
         return str(refusal)
-
-
-class GuidedForward:
-    """Stands in the place of a guided model's ``forward``.
-
-    Args:
-        guidance: by which it is guided.
-        forward: the model's own.
-    """
-
-    def __init__(self, guidance: Guidance, forward: Callable[..., Any]) -> None:
-        self.guidance, self.__wrapped__ = guidance, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass."""
-        return self.guidance._pass(self.__wrapped__, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model has its own forward pass, which is not guided."""
-        return copy.deepcopy(self.__wrapped__, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Likewise for a model that is unpickled."""
-        return getattr, (self.guidance.model, "forward")
-
-
-def _refuse_guided_parts(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), GuidedForward):
-            raise RuntimeError(
-                f"{f'the part {path!r} of ' if path else ''}this model is guided already, and a second guidance "
-                "would scale its gradients twice: call remove() on the first, or give one a factor for each layer"
-            )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from athena.propagation.affine import Layer
+from athena.propagation.layer import UnsupportedLayer
 from athena.propagation.notes import keeps_graph
 
 __all__ = ["GRANULARITY", "NORMALISE", "DivergedError", "Scaling", "Signal", "Signals"]
@@ -127,6 +128,11 @@ class Scaling:
         # in float16 gradients overflow without relevance too, and a loss scaler leaves out the step
         watched = relevance if gradient.dtype == torch.float16 else scaled
         whole = watched.sum(dtype=torch.float32)
+        if is_batched(whole):
+            raise UnsupportedLayer(
+                "several backward passes at once, as autograd.grad(..., is_grads_batched=True), torch.func.vmap and "
+                "jacrev make them, cannot be guided; take them one after the other"
+            )
         self._sums[number] = path, factor, whole.item() if whole.device.type == "cpu" else whole
         if len(self._sums) == self.layers:
             self._look()
@@ -140,3 +146,8 @@ class Scaling:
         # in the order of the backward pass, so the first is the uppermost layer
         path, factor = next(((p, f) for p, f, whole in sums if not math.isfinite(whole)), sums[0][:2])
         self.diverged(DivergedError(self.step, path, factor))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several at once."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor) or torch._C._functorch.is_batchedtensor(tensor)
