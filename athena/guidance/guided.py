@@ -114,7 +114,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(model, DistributedDataParallel | DataParallel) or (
         type(model).__name__ == "FullyShardedDataParallel"
     ):
-        model = model.module
+        inside = model.module
+        assert isinstance(inside, nn.Module)
+        model = inside
     return model
 
 
