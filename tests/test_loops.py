@@ -433,3 +433,132 @@ def test_a_number_of_numpy_or_torch_is_a_factor(factor: Any) -> None:
     expected = guided(Net(), factor=0.5)
     equal(guided(Net(), factor=factor), expected)
     equal(guided(Net(), factor=np.int64(1)), guided(Net(), factor=1))
+
+
+# Targets as outputs are
+
+
+class Map(nn.Module):
+    """Gives a class at each place: (batch, classes, height, width), or in the logits of a dict as asked."""
+
+    def __init__(self, form: str = "map") -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.below, self.above, self.form = nn.Conv2d(2, 5, 3), nn.Conv2d(5, 4, 1), form
+        self.double()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        z = self.above(F.relu(self.below(x)))
+        if self.form == "tokens":
+            z = z.flatten(2).mT
+        return z if self.form == "map" else {"loss": None, "logits": z, "hidden": x}
+
+
+IMAGES = torch.randn(3, 2, 6, 5).double()
+PLACES = torch.arange(3 * 4 * 3).reshape(3, 4, 3) % 4
+
+
+def step_of_map(form: str, labels: Any = None, by_name: bool = False, **settings: Any) -> Gradients:
+    model = Map(form)
+    with athena.Guidance(model, 2.0, scope="all", **settings) as guidance:
+        if labels is not None and not by_name:
+            guidance.labels = labels
+        output = model(IMAGES, labels=labels) if by_name else model(IMAGES)
+        z = output if form == "map" else output["logits"]
+        F.cross_entropy(z.mT.unflatten(2, (4, 3)) if form == "tokens" else z, PLACES).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def of_places(z: Tensor, chosen: Tensor) -> Tensor:
+    return z * F.one_hot(chosen, 4).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("form", ["map", "dict", "tokens"])
+def test_relevance_starts_from_the_class_at_each_place(form: str) -> None:
+    predicted = step_of_map("map", target=lambda z: of_places(z, z.argmax(1)))
+    equal(step_of_map(form), predicted)
+    equal(step_of_map(form, target="softmax"), step_of_map("map", target=lambda z: z.softmax(1)))
+    true = step_of_map("map", target=lambda z: of_places(z, PLACES))
+    differ(true, predicted)
+    labels = PLACES.flatten(1) if form == "tokens" else PLACES
+    equal(step_of_map(form, labels, target="label"), true)
+    equal(step_of_map(form, labels, by_name=True, target="label"), true)
+    equal(step_of_map(form, lambda x: labels, target="label"), true)
+    some = step_of_map("map", target=lambda z: of_places(z, PLACES) * (PLACES != 1)[:, None])
+    equal(step_of_map(form, labels.masked_fill(labels == 1, -100), target="label"), some)
+
+
+@pytest.mark.parametrize(("labels", "what"), [(PLACES[:, 0], r"\(3, 3\).*\(3, 4, 3\)"), (PLACES + 1, "classes 1 to 4")])
+def test_labels_that_do_not_fit_a_map_are_refused(labels: Tensor, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        step_of_map("map", labels, target="label")
+
+
+def test_a_target_may_leave_out_what_nothing_starts_from() -> None:
+    expected = step_of_map("dict")
+    equal(
+        step_of_map("dict", target=lambda out: {"logits": of_places(out["logits"], out["logits"].argmax(1))}), expected
+    )
+    with pytest.raises(ValueError, match="structure of what the model returned"):
+        step_of_map("dict", target=lambda out: {"logit": out["logits"]})
+
+
+# Gates
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor], opens: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.below, self.squeeze, self.head = nn.Conv2d(2, 5, 3), nn.Linear(5, 5), nn.Linear(5, 4)
+        self.gate, self.opens = gate, opens
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.below(x))
+        gate = self.gate(self.squeeze(h.mean((2, 3))))[:, :, None, None]
+        return self.head((h * (gate.detach() if self.opens else gate)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, F.hardsigmoid], ids=["sigmoid", "hard sigmoid"])
+def test_what_is_gated_takes_all_relevance_where_asked(gate: Callable[[Tensor], Tensor]) -> None:
+    """As if the gate were a constant; its own layers then train plainly."""
+
+    def gradients(model: nn.Module, **settings: Any) -> Tensor:
+        with athena.Guidance(model, {"below": 2.0}, **settings):
+            F.cross_entropy(model(IMAGES), torch.arange(3)).backward()
+        return model.get_parameter("below.bias").grad
+
+    def relevance(model: Gated, **settings: Any) -> Tensor:
+        seen: list[Tensor] = []
+
+        def record(relevance: Tensor, gradient: Tensor, output: Tensor) -> Tensor:
+            seen.append(relevance)
+            return relevance
+
+        gradients(model, signal=record, **settings)
+        return seen[0]
+
+    alone = relevance(Gated(gate, opens=True))
+    torch.testing.assert_close(relevance(Gated(gate), gates="signal"), alone)
+    assert not torch.allclose(relevance(Gated(gate)), alone)
+    with pytest.raises(ValueError, match=r"gates='all'.*'half', 'signal'"):
+        athena.Guidance(Gated(gate), gates="all")
+
+
+def test_of_a_gated_linear_unit_what_is_gated_takes_all_too() -> None:
+    class Unit(nn.Module):
+        def __init__(self, written_out: bool) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.below, self.head, self.written_out = nn.Linear(12, 8), nn.Linear(4, 4), written_out
+            self.double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.below(x)
+            return self.head(h[:, :4] * torch.sigmoid(h[:, 4:]) if self.written_out else F.glu(h))
+
+    equal(guided(Unit(False), gates="signal", factor=2.0), guided(Unit(True), gates="signal", factor=2.0))
+    differ(guided(Unit(False), gates="signal", factor=2.0), guided(Unit(False), factor=2.0))

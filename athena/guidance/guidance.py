@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from athena.guidance.factors import Factors, one_of
-from athena.guidance.guided import GuidedForward, Here, Idle, refuse_guided, refuse_transforms, unwrapped
+from athena.guidance.guided import GuidedForward, Here, Idle, gathered, refuse_guided, refuse_transforms, unwrapped
 from athena.guidance.scaling import GRANULARITY, NORMALISE, DivergedError, Scaling, Signal, Signals
+from athena.guidance.starts import target_of
 from athena.propagation.affine import Layer
 from athena.propagation.layer import UnsupportedLayer
 from athena.propagation.notes import Notes, tensors_in
 from athena.propagation.operations import recording
 from athena.propagation.paths import Paths
+from athena.propagation.products import GATES
 from athena.propagation.target import Target, starts_down
 from athena.propagation.trace import Trace
 from athena.propagation.walk import Refusal, Walk, within_backward
@@ -52,14 +54,15 @@ class Guidance:
     A copy of the model trains plainly, be it made by ``copy.deepcopy`` or in another process.
 
     Args:
-        model: the network, which maps a batch to (batch, classes), or with a function as `target` to whatever that
-            takes. Its parameters and its code stay as they are.
+        model: the network, which maps a batch to (batch, classes), to a map (batch, classes, ...), to a dict whose
+            ``"logits"`` are either or (batch, tokens, classes), or with a function as `target` to whatever that takes.
+            Its parameters and its code stay as they are.
         factor: the LRP factor, lambda in thesis 6.1.2. One number, or ``{module path: number}``, whose keys are then
             the guided layers. Negative numbers damp what is relevant.
         rule: as for `athena.lrp`.
         scope: which layers are guided: ``"all"``, ``"linear"``, ``"convolutional"``, or a list of module paths.
-        target: what relevance starts from, as for `athena.lrp`, or ``"label"``: the logit of the true class, of
-            `labels`.
+        target: what relevance starts from, as for `athena.lrp`, at each place of a map or token alike; or
+            ``"label"``: the logit of the true class, of `labels`.
         normalise: None as in the thesis, or divide the relevance of each sample in each layer by its largest
             magnitude (``"max"``) or its root mean square (``"rms"``).
         granularity: ``"sample"``, one relevance for each neuron and sample as in the thesis, or ``"neuron"``, the
@@ -73,11 +76,14 @@ class Guidance:
             Where a ReLU follows the layer, that of the ReLU may be given for the output: where they differ, relevance
             and gradient are 0. It returns a tensor of that shape; `normalise` and `granularity` then apply to it. If
             the function has an attribute ``needs_relevance`` that is False, relevance is not computed, and is None.
+        gates: how a product shares relevance where one factor is a gate, the result of a sigmoid, as in squeeze and
+            excitation: ``"half"`` to each factor, or ``"signal"``, all of it to what is gated (Arras et al. 2019).
 
     Attributes:
-        labels: with ``target="label"``, the (batch,) class indices for the next forward pass, which uses them up; or a
-            function that finds them from the arguments of each forward pass. Where none are set, those that the
-            model is called with, ``model(x, labels=y)``.
+        labels: with ``target="label"``, the class indices for the next forward pass, which uses them up: (batch,), or
+            (batch, ...) for a map or tokens, -100 where there is none; or a function that finds them from the
+            arguments of each forward pass. Where none are set, those that the model is called with,
+            ``model(x, labels=y)``.
         step: how many forward passes there have been that it acts on, those that `every` skips among them.
         diverged: the `DivergedError` recorded, or None.
 
@@ -98,6 +104,7 @@ class Guidance:
         on_divergence: str = "raise",
         every: int = 1,
         signal: Signal | None = None,
+        gates: str = "half",
     ) -> None:
         if signal is not None and not callable(signal):
             raise TypeError(f"signal={signal!r}: give a function of relevance, gradient and output, or None")
@@ -108,6 +115,7 @@ class Guidance:
         self._factors = Factors(factor, scope, model)
         self.rule, self.target, self.every = rule, target, every
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
+        self.gates = gates
         self.labels: Tensor | Callable[..., Tensor] | None = None
         self.step = 0
         self.diverged: DivergedError | None = None
@@ -177,6 +185,16 @@ class Guidance:
     def granularity(self, granularity: str) -> None:
         one_of("granularity", granularity, GRANULARITY)
         self._signals = Signals(self.normalise, granularity, self._signals.signal)
+
+    @property
+    def gates(self) -> str:
+        """How a product with a gate shares relevance."""
+        return self._gates
+
+    @gates.setter
+    def gates(self, gates: str) -> None:
+        one_of("gates", gates, GATES)
+        self._gates = gates
 
     @property
     def on_divergence(self) -> str:
@@ -313,7 +331,7 @@ class Guidance:
         """The relevance pass; leaves with each guided layer how to scale the gradient that will come down to it."""
         self.step += 1
         # set_grad_enabled does what no_grad does in a third of the calls
-        with torch.set_grad_enabled(False):
+        with torch.set_grad_enabled(False), gathered(self.model):
             found = self._guided_layers(notes, output)
             if found is None:
                 self.step -= 1
@@ -324,7 +342,7 @@ class Guidance:
             if not self._signals.needs_relevance:
                 scaling.relevance = dict.fromkeys(range(len(guided)))
             else:
-                _, starts = starts_down(output, self._start(args, kwargs), self._zeros)
+                _, starts = starts_down(output, target_of(output, self._start(args, kwargs)), self._zeros)
                 del output
                 if notes.packs:
                     within_backward(walk, starts)
@@ -345,6 +363,7 @@ class Guidance:
             scaling.relevance[number] = signals.shaped(relevance, shape) if signals.signal is None else relevance
 
         walk = Walk(notes, self._paths, self._rules, self._factors.of, take)
+        walk.gates = self.gates
         walk.explore(outputs)
         if notes.without_graph and walk.has_reentrant_checkpoint:
             path = self._paths.of(notes.without_graph[0])

@@ -1,9 +1,10 @@
 """The model that is guided: how its forward pass is taken over, who may be guided, and what it did without guidance."""
 
+import contextlib
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from athena.propagation.layer import UnsupportedLayer
 
-__all__ = ["GuidedForward", "Here", "Idle", "refuse_guided", "refuse_transforms", "unwrapped"]
+__all__ = ["GuidedForward", "Here", "Idle", "gathered", "refuse_guided", "refuse_transforms", "unwrapped"]
 
 _guided = weakref.WeakSet[nn.Module]()
 
@@ -118,6 +119,37 @@ def unwrapped(model: nn.Module) -> nn.Module:
         assert isinstance(inside, nn.Module)
         model = inside
     return model
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Meanwhile, all of the parameters are here that parts of `model` have given back after their forward pass.
+
+    So do the parts that `torch.distributed.fsdp` shards; the model itself keeps its own by default.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    first = [module for module in model.modules() if isinstance(module, FullyShardedDataParallel)]
+    handles = [handle for module in first if (handle := module._handle) is not None and handle.needs_unshard()]
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for handle in handles:
+        handle.pre_unshard()
+        handle.unshard()
+        handle.post_unshard()
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.reshard(True)
+            handle.post_reshard()
+        for module in sharded:
+            if module is not model:
+                module.reshard()
 
 
 def refuse_guided(model: nn.Module) -> None:

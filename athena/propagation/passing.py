@@ -135,10 +135,10 @@ class CopyLRP(LRPLayer):
 
 
 class IdentityLRP(LRPLayer):
-    """PyTorch's own custom functions that pass on what they are given: backward hooks of a module, and DDP's sink."""
+    """PyTorch's own custom functions that pass on all: hooks of modules, DDP's sink, FSDP2's blocks."""
 
     has_many_outputs = True
-    kinds = ("BackwardHookFunction", "_DDPSink")
+    kinds = ("BackwardHookFunction", "_DDPSink", "RegisterPostBackwardFunction")
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from athena.propagation.walk import Walk
 
 
+GATES = ("half", "signal")
+"""How a product of a gate and what is gated shares relevance: see `athena.Guidance`."""
+
+
 class ProductLRP(LRPLayer):
     """Products of elements."""
 
@@ -44,11 +48,24 @@ class ProductLRP(LRPLayer):
                 downs[1] = None
             elif is_linear_in_all_of(walk, node.next_functions[1], node.next_functions[0]):
                 downs[0] = None
+            elif walk.gates == "signal" and is_gate(left) != is_gate(right):
+                downs[0 if is_gate(left) else 1] = None
             else:
                 downs = [None if down is None else down * 0.5 for down in downs]
         if walk.account is not None and walk.zeros:  # no factor can bear what was sent to a product of 0
             walk.account.measure(walk, node, given, downs)
         return downs
+
+
+def is_gate(node: Any) -> bool:
+    """Whether a factor is the result of a sigmoid, perhaps in another shape."""
+    while node is not None and (kind := layer_of_kind(node.name())) is not None:
+        if node.name() in ("SigmoidBackward0", "HardsigmoidBackward0"):
+            return True
+        if not kind.is_view and node.name() != "ExpandBackward0":
+            return False
+        node = node.next_functions[0][0]
+    return False
 
 
 def is_linear_in_all_of(walk: "Walk", edge: Any, other: Any) -> bool:
@@ -160,7 +177,10 @@ class GatedLRP(LRPLayer):
         assert d is not None
         dim = dimension(node._saved_dim, both)
         x, gate = both.chunk(2, dim)
-        half, open_ = d * 0.5, gate.sigmoid()
+        open_ = gate.sigmoid()
+        if walk.gates == "signal":
+            return (torch.cat([d * open_, torch.zeros_like(d)], dim),)
+        half = d * 0.5
         of_gate = (half * x * (open_ - 0.5)).div_(gate).masked_fill_(gate == 0, 0)
         if walk.account is not None:
             walk.account.add(node, total(d * x * open_), total(half * x * torch.where(gate == 0, open_, 0.5)))

@@ -176,7 +176,12 @@ def _pairs(output: Any, relevance: Any) -> list[tuple[Tensor, Tensor]]:
     if isinstance(output, Tensor):
         return [(output, relevance)]
     names = output if isinstance(output, dict) else range(len(output))
-    return [pair for name in names for pair in _pairs(output[name], relevance[name])]
+    return [pair for name in names for pair in _pairs(output[name], _part(relevance, name))]
+
+
+def _part(relevance: Any, name: Any) -> Any:
+    """The part by that name or number; None where a dict has none."""
+    return relevance.get(name) if isinstance(relevance, dict) else relevance[name]
 
 
 def _alike(relevance: Any, output: Any) -> bool:
@@ -186,8 +191,10 @@ def _alike(relevance: Any, output: Any) -> bool:
     if isinstance(output, Tensor):
         return isinstance(relevance, Tensor) and relevance.shape == output.shape
     if isinstance(output, dict):
-        return isinstance(relevance, dict) and all(
-            name in relevance and _alike(relevance[name], part) for name, part in output.items()
+        return (
+            isinstance(relevance, dict)
+            and relevance.keys() <= output.keys()
+            and all(_alike(relevance.get(name), part) for name, part in output.items())
         )
     return (
         isinstance(output, tuple | list)

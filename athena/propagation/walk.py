@@ -90,7 +90,10 @@ class Walk:
         zeros: whether neurons that are 0 may have relevance.
         gives_to_zeros: whether a layer that stands on others has a rule that gives them relevance.
         reaches_zeros: whether any layer has such a rule.
+        gates: one of `athena.propagation.products.GATES`.
     """
+
+    gates = "half"
 
     def __init__(
         self,
