@@ -17,10 +17,7 @@ SCOPES: dict[str, tuple[type[AffineLRP], ...]] = {
     "linear": (LinearLRP,),
     "convolutional": (ConvolutionalLRP,),
 }
-NEVER_GUIDED = (
-    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase),
-    *(nn.RNNCellBase, nn.PReLU),
-)
+NEVER_GUIDED = (*(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.PReLU),)
 """Modules whose parameters are the weights of no linear layer or convolution that autograd shows."""
 
 
