@@ -3,9 +3,9 @@
 import dataclasses
 import gc
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -953,15 +953,37 @@ def test_layers_may_be_asked_for_in_another_context() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_threads_that_explain_one_model_get_the_maps_that_one_alone_gets(training: bool) -> None:
-    model = nn.Sequential(
-        *(nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(64, 10),
-    )
-    x = torch.rand(16, 64)
+def test_threads_that_explain_one_model_get_the_map_that_one_alone_gets(training: bool) -> None:
+    """The second is in its forward pass when the first ends, if it is let in before."""
+    first_in, second_in, first_done = threading.Event(), threading.Event(), threading.Event()
+
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread().name == "first":
+                first_in.set()
+                second_in.wait(0.5)
+            elif threading.current_thread().name == "second":
+                second_in.set()
+                first_done.wait(10)
+            return x
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), Gate(), nn.Dropout(0.5), nn.Linear(64, 10))
+    x, maps = torch.rand(16, 64), []
     expected = athena.lrp(model.eval(), x).input
     model.train(training)
-    with ThreadPoolExecutor(8) as threads:
-        maps = list(threads.map(lambda _: athena.lrp(model, x).input, range(200)))
-    assert all(torch.equal(found, expected) for found in maps)
+
+    def first() -> None:
+        maps.append(athena.lrp(model, x).input)
+        first_done.set()
+
+    def second() -> None:
+        first_in.wait(10)
+        maps.append(athena.lrp(model, x).input)
+
+    threads = [threading.Thread(target=run, name=run.__name__) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(maps) == 2 and all(torch.equal(found, expected) for found in maps)
     assert all(module.training == training for module in model.modules())
