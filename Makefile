@@ -11,7 +11,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 VENDOR := book/_assets/vendor
-WIDGETS := @jupyter-widgets/html-manager/dist
 
 .PHONY: help book pdf test lint assets clean
 
@@ -47,21 +46,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-# The scripts that pages load, so that the book works offline. Without npm they come over the network.
+# The script that pages load, so that the book works offline, and what tests look at them with. Without npm they come over the network.
 assets:
 	@if ! command -v npm >/dev/null; then \
-	  echo "npm is not here: widgets and formulae of the book will be loaded over the network."; \
+	  echo "npm is not here: the formulae of the book will be loaded over the network."; \
 	elif ! $(MAKE) --no-print-directory $(VENDOR)/.fetched; then \
-	  echo "npm could not fetch the scripts: widgets and formulae of the book will be loaded over the network."; \
+	  echo "npm could not fetch the scripts: the formulae of the book will be loaded over the network."; \
 	fi
 
 $(VENDOR)/.fetched: package.json package-lock.json Makefile
 	npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
-	mkdir -p $(VENDOR) book/_extra/$(WIDGETS)
-	cp node_modules/requirejs/require.js node_modules/$(WIDGETS)/embed-amd.js node_modules/mathjax/es5/tex-svg.js \
-	  $(VENDOR)
-	cp node_modules/$(WIDGETS)/*.woff2 book/_extra/$(WIDGETS)
+	mkdir -p $(VENDOR)
+	cp node_modules/mathjax/es5/tex-svg.js $(VENDOR)
 	@touch $@
 
 clean:
-	rm -rf book/_build book/_extra $(VENDOR) node_modules build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf book/_build $(VENDOR) node_modules build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

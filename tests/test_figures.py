@@ -166,16 +166,6 @@ def test_no_figure_stays_behind_in_pyplot_or_changes_its_look(frame: pd.DataFram
     assert dict(plt.rcParams) == before
 
 
-def test_a_slider_has_one_picture_for_each_stop_and_a_link_the_browser_can_follow(frame: pd.DataFrame) -> None:
-    slider, stack = widgets.frames(
-        {f"{factor:g}": figures.accuracy(frame, factor) for factor in FACTORS}, label="LRP factor", value="1"
-    ).children
-    assert list(slider.options) == ["0", "1", "10"]
-    assert (slider.index, stack.selected_index) == (1, 1)
-    assert len({bytes(image.value) for image in stack.children}) == 3
-    assert all(bytes(image.value).startswith(b"\x89PNG") for image in stack.children)
-
-
 def test_a_slider_that_cannot_begin_says_so(frame: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match=r"\['1'\].*'2'"):
         widgets.frames({"1": figures.accuracy(frame, 1.0)}, label="LRP factor", value="2")

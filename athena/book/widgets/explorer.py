@@ -1,7 +1,6 @@
 """What the explorers share: choices, a picture that follows them, and its frames on a built page."""
 
 import html
-import io
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -11,40 +10,12 @@ from typing import Any
 import ipywidgets
 from IPython.display import display
 from matplotlib.figure import Figure
-from PIL import Image
+
+from athena.book.widgets.slider import frames, png
 
 RULES = ("Epsilon(1e-06)", "Zero()", "Gamma(0.25)", "ZPlus()", "AlphaBeta(2, 1)", "Flat()")
 NARROW = {"description_width": "initial"}
 WIDE = {"width": "100%", "max_width": "924px"}
-
-
-def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None) -> ipywidgets.VBox:
-    """A slider that goes through figures drawn beforehand.
-
-    Args:
-        pictures: the figure for each stop of the slider, in order.
-        label: what the slider moves, for the reader.
-        value: the stop to begin with; by default the first.
-
-    Raises:
-        ValueError: there is no picture, or none for `value`.
-    """
-    stops = list(pictures)
-    if not stops or (value is not None and value not in stops):
-        raise ValueError(f"a slider from {stops} cannot begin at {value!r}")
-    images = [ipywidgets.Image(value=png(figure), format="png", layout=WIDE) for figure in pictures.values()]
-    slider = ipywidgets.SelectionSlider(
-        options=stops,
-        index=stops.index(value or stops[0]),
-        description=label,
-        continuous_update=True,
-        style=NARROW,
-        layout={"width": "100%", "max_width": "480px"},
-    )
-    stack = ipywidgets.Stack(images, selected_index=slider.index)
-    # "index", not "value": the browser knows nothing of a SelectionSlider's value
-    ipywidgets.jslink((slider, "index"), (stack, "selected_index"))
-    return ipywidgets.VBox([slider, stack])
 
 
 class Explorer(ABC):
@@ -140,14 +111,3 @@ def with_value(options: Sequence[Any], value: Any) -> tuple[Any, ...]:
 def written(stop: Any) -> str:
     """A stop of a slider as text."""
     return f"{stop:g}" if isinstance(stop, float) else str(stop)
-
-
-def png(figure: Figure, reduced: bool = True) -> bytes:
-    """The figure, by default in 256 colours, by which a page with its frames has less than half the size."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    if not reduced:
-        return drawn.getvalue()
-    small = io.BytesIO()
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
-    return small.getvalue()

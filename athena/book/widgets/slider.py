@@ -1,0 +1,97 @@
+"""A slider, or buttons, over pictures drawn beforehand: plain HTML, with no kernel, network or script file behind it.
+
+On a built page the pictures become files that are loaded when they are first shown (`book/_ext/pictures.py`); in a
+notebook they are in the cell's own output.
+"""
+
+import base64
+import html
+import io
+import re
+import zlib
+from collections.abc import Mapping
+
+from IPython.display import HTML
+from matplotlib.figure import Figure
+from PIL import Image
+
+FOLLOW = (
+    "const all = [...this.closest('.athena-frames').querySelectorAll('img')];"
+    "all.forEach((picture, i) => { picture.hidden = i !== +this.value; });"
+    "const said = all[this.value].dataset.stop;"
+    "this.setAttribute('aria-valuetext', said);"
+    "const told = this.closest('.athena-frames').querySelector('output');"
+    "if (told) told.value = said;"
+)
+"""What a control does when it is moved: it shows the picture of its stop, and says which that is."""
+QUANTITY = re.compile(r"[−-]?\d[\d.,]*(e[+-]?\d+)?( ?%| epochs?)?")
+"""Stops of which a slider can be made, since they have an order; others become buttons."""
+
+
+def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None) -> HTML:
+    """A slider that goes through figures drawn beforehand; buttons, where the stops are no quantities.
+
+    The text alternative of each picture says where the control stands and what the figure's axes are called.
+
+    Args:
+        pictures: the figure for each stop, in order.
+        label: what is moved, for the reader.
+        value: the stop to begin with; by default the first.
+
+    Raises:
+        ValueError: there is no picture, or none for `value`.
+    """
+    stops = list(pictures)
+    if not stops or (value is not None and value not in stops):
+        raise ValueError(f"a slider from {stops} cannot begin at {value!r}")
+    first = stops.index(value or stops[0])
+    images = "".join(
+        f'<img src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}" loading="lazy" '
+        f'data-stop="{html.escape(stop)}" alt="{html.escape(f"{label} {stop}: {described(figure)}")}"'
+        f"{'' if i == first else ' hidden'}>"
+        for i, (stop, figure) in enumerate(pictures.items())
+    )
+    makes_slider = all(QUANTITY.fullmatch(stop) for stop in stops)
+    group = f"frames-{zlib.crc32(images.encode()):x}"  # buttons of one name exclude each other all over a page
+    control = _slider(stops, label, first) if makes_slider else _buttons(stops, label, first, group)
+    return HTML(f'<div class="athena-frames">{control}{images}</div>')
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, by the titles of its axes, or else by what is drawn against what."""
+    own = figure.get_suptitle()
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    against = [
+        f"{axis.get_ylabel()} against {axis.get_xlabel()}"
+        for axis in figure.axes
+        if axis.get_ylabel() and axis.get_xlabel()
+    ]
+    return " ".join("; ".join(dict.fromkeys([*([own] if own else []), *titles, *against])).split()) or "a picture"
+
+
+def png(figure: Figure, reduced: bool = True) -> bytes:
+    """The figure, by default in 256 colours, by which a page with its frames has less than half the size."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    if not reduced:
+        return drawn.getvalue()
+    small = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def _slider(stops: list[str], label: str, first: int) -> str:
+    named, said = html.escape(label), html.escape(stops[first])
+    return (
+        f'<p><label>{named} <input type="range" min="0" max="{len(stops) - 1}" value="{first}" '
+        f'aria-valuetext="{said}" oninput="{html.escape(FOLLOW)}"></label> <output>{said}</output></p>'
+    )
+
+
+def _buttons(stops: list[str], label: str, first: int, group: str) -> str:
+    choices = "".join(
+        f'<label><input type="radio" name="{group}" value="{i}"{" checked" if i == first else ""} '
+        f'oninput="{html.escape(FOLLOW)}"> {html.escape(stop)}</label> '
+        for i, stop in enumerate(stops)
+    )
+    return f"<fieldset><legend>{html.escape(label)}</legend>{choices}</fieldset>"
