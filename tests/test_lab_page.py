@@ -120,13 +120,13 @@ def test_every_control_has_a_name_and_the_slider_speaks_its_factor(page: Page) -
     expect(page.get_by_label("what is relevant learns faster")).to_be_checked()
 
 
-def test_nothing_is_loaded_before_it_is_asked_for(browser: Browser, tmp_path: Path) -> None:
+def test_digits_and_training_are_loaded_when_they_are_asked_for(browser: Browser, tmp_path: Path) -> None:
     page, requests = opened(browser, tmp_path, "data-short")
     page.wait_for_timeout(500)
-    assert sorted(requests) == ["lab.css", "lab.html", "lab.js"]
+    assert sorted(requests) == ["drawing.js", "lab.css", "lab.html", "lab.js"]
     page.get_by_role("button", name="Train both networks").click()
     expect(page.get_by_role("table")).to_have_accessible_name(re.compile("After [1-9]"))
-    assert {"digits.js", "guidance.js"} <= set(requests)
+    assert {"digits.js", "guidance.js", "worker.js"} <= set(requests)
     page.context.close()
 
 

@@ -1,13 +1,12 @@
 // The lab: a reader sets the LRP factor, and two networks train in the page, plain and guided, from the same weights.
 //
-// Every element of the class `athena-lab` becomes one. Nothing is loaded before it comes near the screen or is used, and
-// all training is done by a worker, with the functions of guidance.js. Colours and sizes are in lab.css.
+// Every element of the class `athena-lab` becomes one. The digits and the training are loaded once it is on the screen or
+// used. All training is done by a worker (worker.js), with the functions of guidance.js; drawing.js draws, and lab.css has
+// colours and sizes.
 (() => {
   "use strict";
 
   const HERE = new URL(".", document.currentScript.src);
-  const SIDE = 16; // pixels of a digit
-  const PAD = 160; // pixels of the square to draw in
   const EPOCHS = 20;
   const LOWEST = 0.01; // where the slider begins beside 0; it is logarithmic from there on
   const DECADES = 4;
@@ -28,8 +27,6 @@
     ["root mean square 1", "rms"],
   ];
 
-  // ---- what is loaded late
-
   const loaded = {};
   function script(name) {
     loaded[name] ??= new Promise((resolve, reject) => {
@@ -44,6 +41,7 @@
 
   // The digits as numbers from 0 to 1.
   async function readDigits() {
+    const { SIDE } = labDrawing;
     await script("digits.js");
     const picture = new Image();
     picture.src = labDigits.picture;
@@ -66,77 +64,14 @@
     return { train: part(0, labDigits.train), test: part(labDigits.train, labels.length) };
   }
 
-  // What runs in the worker: trains a pair until it is told to stop, and reports twice an epoch.
-  function work() {
-    const lab = guidedTraining();
-    let [digits, networks, shown, current] = [null, null, null, 0];
-
-    const explained = () => shown && networks && networks.map((network) => lab.explain(network, shown));
-
-    async function train({ run, seed, epochs, guidance }) {
-      const { plain, guided, batches } = lab.pair(digits.train, seed, guidance);
-      networks = [plain.network, guided.network];
-      const perEpoch = Math.ceil(digits.train.labels.length / lab.BATCH_SIZE);
-      let window = { steps: 0, images: 0, hits: [0, 0], loss: [0, 0], multipliers: [Infinity, -Infinity] };
-      const report = (step, more = {}) => {
-        const over = (values, n) => values.map((value) => (n ? value / n : null));
-        postMessage({
-          run, step, epoch: step / perEpoch, done: step === epochs * perEpoch,
-          test: networks.map((network) => lab.accuracy(network, digits.test)),
-          train: over(window.hits, window.images), loss: over(window.loss, window.steps),
-          multipliers: window.steps ? window.multipliers : null, explained: explained(), ...more,
-        });
-        window = { steps: 0, images: 0, hits: [0, 0], loss: [0, 0], multipliers: [Infinity, -Infinity] };
-      };
-      report(0);
-      let rest = performance.now();
-      for (let step = 1; step <= epochs * perEpoch; step++) {
-        const batch = batches.next().value;
-        try {
-          [plain.step(batch), guided.step(batch)].forEach((result, arm) => {
-            window.hits[arm] += result.hits;
-            window.loss[arm] += result.loss;
-            if (arm) {
-              window.multipliers[0] = Math.min(window.multipliers[0], result.multipliers[0]);
-              window.multipliers[1] = Math.max(window.multipliers[1], result.multipliers[1]);
-            }
-          });
-        } catch (error) {
-          report(step - 1, { done: true, diverged: `step ${step}: ${error.message}` });
-          return;
-        }
-        window.steps += 1;
-        window.images += batch.labels.length;
-        if (step % (perEpoch / 2) === 0) report(step);
-        if (performance.now() - rest > 30) {
-          await new Promise((resolve) => setTimeout(resolve)); // messages come in here
-          rest = performance.now();
-          if (run !== current) return;
-        }
-      }
-    }
-
-    onmessage = ({ data }) => {
-      if (data.digits) digits = data.digits;
-      if (data.run !== undefined) current = data.run;
-      if (data.image) {
-        shown = data.image;
-        postMessage({ explained: explained() });
-      }
-      if (data.guidance) train(data);
-    };
-  }
-
   async function newWorker() {
-    await script("guidance.js");
-    const source = `${guidedTraining}\n(${work})();`;
+    await Promise.all([script("guidance.js"), script("worker.js")]);
+    const source = `${guidedTraining}\n(${trainInWorker})();`;
     const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
     const digits = await readDigits();
     worker.postMessage({ digits });
     return { worker, digits };
   }
-
-  // ---- words and numbers
 
   const minus = (text) => text.replace("-", "−");
   const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(1)} %`);
@@ -145,134 +80,10 @@
   const magnitude = (stop) => (stop === 0 ? 0 : LOWEST * 10 ** ((DECADES * (stop - 1)) / (STOPS - 1)));
   const stopOf = (size) => (size < LOWEST ? 0 : Math.min(STOPS, Math.round(1 + ((STOPS - 1) * Math.log10(size / LOWEST)) / DECADES)));
 
-  // ---- drawing
-
-  // Curves in an SVG: the look is that of lab.css, so that it follows light and dark.
-  function chart(svg, points) {
-    const [width, height, left, bottom, top, right] = [480, 250, 44, 46, 12, 14];
-    const x = (epoch) => left + ((width - left - right) * epoch) / EPOCHS;
-    const y = (share) => top + (height - top - bottom) * (1 - share);
-    const line = (pick, kind) => {
-      const known = points.filter((point) => pick(point) !== null);
-      const path = known.map((point) => `${x(point.epoch).toFixed(1)},${y(pick(point)).toFixed(1)}`).join(" ");
-      return `<polyline class="${kind}" points="${path}"/>`;
-    };
-    const shares = [0, 0.25, 0.5, 0.75, 1];
-    const rules = shares.map((s) => `<line class="rule" x1="${left}" x2="${width - right}" y1="${y(s)}" y2="${y(s)}"/>
-      <text x="${left - 6}" y="${y(s) + 5}" text-anchor="end">${100 * s}</text>`);
-    const ticks = [0, 5, 10, 15, 20].map((e) => `<text x="${x(e)}" y="${height - 26}" text-anchor="middle">${e}</text>`);
-    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-    svg.innerHTML = `${rules.join("")}${ticks.join("")}
-      <text x="${(left + width) / 2}" y="${height - 5}" text-anchor="middle">epochs</text>
-      ${line((p) => p.train[0], "plain thin")}${line((p) => p.train[1], "guided thin")}
-      ${line((p) => p.test[0], "plain")}${line((p) => p.test[1], "guided")}`;
-  }
-
-  // Pixels between 0 and 1 in grey, or relevance in red (for) and blue (against), white at 0, by its largest magnitude.
-  function paint(canvas, values, isRelevance) {
-    const context = canvas.getContext("2d");
-    const picture = context.createImageData(SIDE, SIDE);
-    const most = isRelevance ? values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-300) : 1;
-    values.forEach((value, i) => {
-      const v = value / most;
-      const fade = Math.round(255 * (1 - Math.abs(v)));
-      const colour = !isRelevance ? [255 * v, 255 * v, 255 * v] : v > 0 ? [255 - (255 - fade) * 0.2, fade, fade] : [fade, fade, 255 - (255 - fade) * 0.2];
-      picture.data.set([...colour, 255], 4 * i);
-    });
-    context.putImageData(picture, 0, 0);
-  }
-
-  // A drawing as the digits of MNIST are: its ink in a box of 10 x 10 pixels, its centre of mass in the middle.
-  function asDigit(drawing) {
-    const ink = drawing.getContext("2d").getImageData(0, 0, PAD, PAD).data;
-    let [left, top, right, bottom, mass, mx, my] = [PAD, PAD, -1, -1, 0, 0, 0];
-    for (let i = 0; i < PAD * PAD; i++) {
-      const [value, x, y] = [ink[4 * i], i % PAD, Math.floor(i / PAD)];
-      if (value < 32) continue;
-      [left, right, top, bottom] = [Math.min(left, x), Math.max(right, x), Math.min(top, y), Math.max(bottom, y)];
-      [mass, mx, my] = [mass + value, mx + value * (x + 0.5), my + value * (y + 0.5)];
-    }
-    if (mass === 0) return null;
-    const size = Math.max(right - left, bottom - top) + 1;
-    const scale = 10 / size;
-    const fine = 8; // drawn larger and averaged, as smoothing alone would leave gaps
-    const large = document.createElement("canvas");
-    large.width = large.height = SIDE * fine;
-    const context = large.getContext("2d", { willReadFrequently: true });
-    context.setTransform(scale * fine, 0, 0, scale * fine, (SIDE / 2 - (mx / mass) * scale) * fine, (SIDE / 2 - (my / mass) * scale) * fine);
-    context.drawImage(drawing, 0, 0);
-    const pixels = context.getImageData(0, 0, SIDE * fine, SIDE * fine).data;
-    const digit = new Float64Array(SIDE * SIDE);
-    for (let i = 0; i < (SIDE * fine) ** 2; i++) {
-      const [x, y] = [i % (SIDE * fine), Math.floor(i / (SIDE * fine))];
-      digit[Math.floor(y / fine) * SIDE + Math.floor(x / fine)] += pixels[4 * i] / 255 / fine ** 2;
-    }
-    return digit;
-  }
-
-  // A square to draw in: with mouse, finger or pen, or with the arrow keys, where the space bar lifts and lowers the pen.
-  function pad(canvas, changed) {
-    const context = canvas.getContext("2d", { willReadFrequently: true });
-    let last = null;
-    let pen = [PAD / 2, PAD / 2];
-    let down = false;
-    const clear = () => {
-      context.fillStyle = "black";
-      context.fillRect(0, 0, PAD, PAD);
-      [pen, down] = [[PAD / 2, PAD / 2], false];
-    };
-    const stroke = (from, to) => {
-      context.strokeStyle = "white";
-      context.lineWidth = PAD / 11;
-      context.lineCap = "round";
-      context.beginPath();
-      context.moveTo(...from);
-      context.lineTo(...to);
-      context.stroke();
-    };
-    const place = (event) => {
-      const box = canvas.getBoundingClientRect();
-      return [((event.clientX - box.left) * PAD) / box.width, ((event.clientY - box.top) * PAD) / box.height];
-    };
-    canvas.addEventListener("pointerdown", (event) => {
-      canvas.setPointerCapture(event.pointerId);
-      last = place(event);
-      stroke(last, last);
-    });
-    canvas.addEventListener("pointermove", (event) => {
-      if (!last) return;
-      const next = place(event);
-      stroke(last, next);
-      last = next;
-    });
-    for (const end of ["pointerup", "pointercancel"]) {
-      canvas.addEventListener(end, () => {
-        if (last) changed();
-        last = null;
-      });
-    }
-    canvas.addEventListener("keydown", (event) => {
-      const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-      if (event.key === " ") down = !down;
-      else if (!way) return;
-      event.preventDefault();
-      const next = way ? pen.map((at, axis) => Math.min(PAD - 12, Math.max(12, at + 8 * way[axis]))) : pen;
-      if (down) {
-        stroke(pen, next);
-        changed();
-      }
-      pen = next;
-      canvas.setAttribute("aria-label", `Square to draw a digit in. Pen ${down ? "down" : "up"}, column ${Math.round(pen[0] / 8)} of 20, row ${Math.round(pen[1] / 8)} of 20`);
-    });
-    clear();
-    return { clear };
-  }
-
-  // ---- one lab
-
   let labs = 0;
 
   function build(root) {
+    const { SIDE, PAD, chart, paint, asDigit, pad } = labDrawing;
     const id = `lab${labs++}`;
     const options = (pairs) => pairs.map(([name], i) => `<option value="${i}">${name}</option>`).join("");
     root.innerHTML = `
@@ -387,7 +198,7 @@
       if (data.explained) explain(data.explained);
       if (data.run !== run || !running) return;
       points.push(data);
-      chart(svg, points);
+      chart(svg, points, EPOCHS);
       const cells = root.querySelectorAll("tbody td");
       const rows = [data.test.map(percent), data.train.map(percent), data.loss.map((loss) => (loss === null ? "–" : loss.toFixed(2)))];
       rows.flat().forEach((text, i) => (cells[i].textContent = text));
@@ -460,7 +271,7 @@
     });
 
     setFactor(factor);
-    chart(svg, points);
+    chart(svg, points, EPOCHS);
     new IntersectionObserver((entries, observer) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
       observer.disconnect();
@@ -468,6 +279,6 @@
     }).observe(find(".lab-digit"));
   }
 
-  const all = () => document.querySelectorAll(".athena-lab").forEach(build);
+  const all = () => script("drawing.js").then(() => document.querySelectorAll(".athena-lab").forEach(build));
   document.readyState === "loading" ? document.addEventListener("DOMContentLoaded", all) : all();
 })();
