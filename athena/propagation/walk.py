@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
@@ -23,6 +22,7 @@ from athena.propagation.operations import Operation
 from athena.propagation.paths import Paths
 from athena.propagation.products import makes_a_divisor
 from athena.propagation.trace import Trace
+from athena.propagation.values import FOLDS, edge_of, is_leaf, join_bias, value_of
 from athena.rules import RuleChoice
 
 __all__ = ["NotesNeeded", "Refusal", "Walk", "within_backward"]
@@ -184,7 +184,7 @@ class Walk:
                     continue
                 relevant.add(node)
                 if len(lower_relevant) == 1 and node.name() in ("AddBackward0", "SubBackward0"):
-                    self._find_bias(node, lower_relevant[0])
+                    join_bias(self, node, lower_relevant[0])
                 if not below_layer.isdisjoint(lower_relevant):
                     below_layer.add(node)
             elif divisors and any(below in divisors for below, _ in node.next_functions):
@@ -273,29 +273,6 @@ class Walk:
         if self.notes.packs or (a := kind.operand(node, place)) is None or self.is_input(edge, lambda: a):
             return False
         return shares_memory(a, self.paths.buffers())
-
-    def _find_bias(self, node: Any, below: Any) -> None:
-        """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
-        (edge,) = (way for way in node.next_functions if way[0] is not below)
-        while below.name() in FOLDS and below not in self.shared:
-            below = below.next_functions[0][0]
-        layer = self.layers.get(below)
-        if layer is None or layer.kind.public is not LinearLRP or below in self.shared or layer.bias is not None:
-            return
-        subtracts = node.name() == "SubBackward0"
-        if layer.kind.first == 1 or node._saved_alpha != 1 or (subtracts and edge is node.next_functions[0]):
-            return
-        bias = value_of(edge)
-        if bias is None or bias.dim() == 0 or bias.shape[-1] != below._input_metadata[0].shape[-1]:
-            return
-        if all(size == 1 or step == 0 for size, step in zip(bias.shape[:-1], bias.stride(), strict=False)):
-            bias = bias[(0,) * (bias.dim() - 1)]
-            while (name := edge[0].name()) in ("NegBackward0", "ExpandBackward0") or getattr(
-                layer_of_kind(name), "is_view", False
-            ):
-                edge = edge[0].next_functions[0]  # where its relevance goes: neither sign nor shape matters to it
-            layer.bias, layer.top, layer.bias_edge = -bias if subtracts else bias, node, edge
-            self.merged.add(node)
 
     def makers(self, outputs: Iterable[Tensor]) -> set[Any]:
         """The affine layers that make an output: it reaches them without passing another one."""
@@ -490,59 +467,12 @@ class Walk:
         return value.to(like.dtype)
 
 
-SELECTIONS = tuple(f"{name}Backward0" for name in ("Split", "SplitWithSizes", "Select", "Slice", "Unbind"))
-REPETITIONS = ("ExpandBackward0", "RepeatBackward0", "NegBackward0")
-FOLDS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
-"""What only folds dimensions together or apart."""
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
     "SigmoidBackward0": torch.logit,
     "TanhBackward0": torch.atanh,
     "SqrtBackward0": torch.square,
 }
 """By the node of an activation that is remembered by its output: from that to its input."""
-
-
-def edge_of(out: Tensor) -> tuple[Any, int] | None:
-    """The place of an output in the graph; a model may return what it was given as it is."""
-    if out.grad_fn is not None:
-        return out.grad_fn, out.output_nr
-    return (get_gradient_edge(out).node, 0) if out.requires_grad else None
-
-
-def value_of(edge: Any) -> Tensor | None:
-    """The value of a parameter, or of one that is given another shape, cast, split, repeated or negated; else None."""
-    node, number = edge
-    if node is None:
-        return None
-    leaf: Tensor | None = getattr(node, "variable", None)
-    if leaf is not None:
-        return leaf.detach()
-    name, kind = node.name(), layer_of_kind(node.name())
-    if not (kind is not None and kind.is_view) and name not in (*SELECTIONS, *REPETITIONS):
-        return None
-    below = value_of(node.next_functions[0])
-    if below is None or name == "ToCopyBackward0":
-        return below
-    if name == "NegBackward0":
-        return -below
-    shape = torch.Size(node._input_metadata[number].shape)
-    if name == "ExpandBackward0":
-        return below.expand(shape)
-    if name == "RepeatBackward0":
-        return below.repeat(node._saved_repeats)
-    # The way back tells for each element below which one of the output it is, from 1 on.
-    places = torch.arange(1, shape.numel() + 1, dtype=torch.float64, device=below.device).view(shape)
-    found = node(*(places if other == number else None for other in range(number_of_outputs(node)))).long()
-    value, chosen = below.new_empty(shape.numel()), found > 0
-    value[found[chosen] - 1] = below[chosen]
-    return value.view(shape)
-
-
-def is_leaf(node: Any) -> bool:
-    """Whether a graph node is that of a parameter, also of one that is transposed."""
-    if node.name() == "TBackward0":
-        node = node.next_functions[0][0]
-    return hasattr(node, "variable")
 
 
 def within_backward(walk: Walk, starts: list[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
