@@ -15,13 +15,13 @@ from torch import Tensor
 
 from athena.propagation.activations import ActivationLRP
 from athena.propagation.affine import ConvolutionalLRP, LinearLRP, LinearWithBiasLRP
+from athena.propagation.euler import CopyIntoPartLRP
 from athena.propagation.layer import dimension
 from athena.propagation.norms import BatchNormLRP
 from athena.propagation.passing import (
     AdditionLRP,
     AveragePoolingLRP,
     ConcatenationLRP,
-    CopyIntoPartLRP,
     CopyLRP,
     FlattenLRP,
     SelectionLRP,
@@ -170,7 +170,14 @@ POINTS, WEIGHTS = (_NODES / 2 + 0.5).tolist(), (_SHARES / 2).tolist()
 RULES: dict[str, Rule | None] = {
     **dict.fromkeys(
         (
-            *(*FlattenLRP.kinds, *SelectionLRP.kinds, *AveragePoolingLRP.kinds, *AdditionLRP.kinds, *SumLRP.kinds),
+            *(
+                *FlattenLRP.kinds,
+                *SelectionLRP.kinds,
+                "IndexAdd",
+                *AveragePoolingLRP.kinds,
+                *AdditionLRP.kinds,
+                *SumLRP.kinds,
+            ),
             *(*ConcatenationLRP.kinds, *CopyLRP.kinds, *CopyIntoPartLRP.kinds, *BatchNormLRP.kinds),
             *(*LinearLRP.kinds, *LinearWithBiasLRP.kinds, *ConvolutionalLRP.kinds),
         )

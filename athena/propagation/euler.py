@@ -17,7 +17,7 @@ from athena.propagation.layer import LRPLayer, UnsupportedLayer, nonzero, total
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
 
-__all__ = ["EulerLRP"]
+__all__ = ["CopyIntoPartLRP", "EulerLRP"]
 
 
 class EulerLRP(LRPLayer):
