@@ -178,7 +178,7 @@ def _stopping(scope: str, section: str, where: str, claim: str | None) -> Answer
     frame = _runs(study, 0.1, BEYOND_THE_RULE, None, stopped)
     data = statistics.data_efficiency(frame, any_code=True).iloc[0]
     cost = early_stopping_itself(scope)
-    worst = cost.loc[cost["difference"].idxmin()]
+    worst = cost.sort_values("difference").iloc[0]
     share = round(100 * worst["fraction"])
     plain = published("accuracy").pivot(index="percent", columns="table", values="accuracy_standard")
     by_theirs = (plain[section] - plain[{"7.2.3": "7.2.2", "7.2.4": "7.2.1"}[section]]).get(share, float("nan"))
@@ -228,7 +228,7 @@ def early_stopping_itself(scope: str) -> pd.DataFrame:
 
 def bound(table: pd.DataFrame) -> str:
     """In points, the least tenth that no interval of a table of `statistics.compare` reaches, ``"0.2"``."""
-    largest = 100 * table[["low", "high"]].abs().max(axis=None)
+    largest = 100 * float(table[["low", "high"]].abs().to_numpy().max())
     return f"{(math.floor(10 * largest) + 1) / 10:.1f}"
 
 
