@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from athena import data, widgets
 from athena.book.widgets.relevance import Pad
-from athena.widgets import FactorExplorer, RelevanceExplorer, frames
+from athena.widgets import FactorExplorer, RelevanceExplorer, choices, frames
 
 SMALL: dict[str, Any] = {"fraction": 0.01, "epochs": 1}  # 40 images of mnist5k, one batch
 
@@ -92,10 +92,24 @@ def test_a_slider_begins_where_it_is_told_and_holds_every_picture() -> None:
 
 def test_stops_that_have_no_order_are_buttons() -> None:
     page = frames({"linear": Figure(), "whole": Figure()}, "layers", "whole").data
-    assert "<legend>layers</legend>" in page and "range" not in page
+    assert "<legend>layers</legend>" in page and 'type="range"' not in page
     assert re.findall(r'value="(\d)"( checked)?', page) == [("0", ""), ("1", " checked")]
     quantities = ["0.1", "1e-6", "−4", "20 %", "0.25 epochs", "1,000"]
-    assert "range" in frames(dict.fromkeys(quantities, Figure()), "x").data
+    assert 'type="range"' in frames(dict.fromkeys(quantities, Figure()), "x").data
+
+
+def test_buttons_and_a_slider_choose_one_of_all_pictures() -> None:
+    page = choices({name: {"1": Figure(), "2": Figure()} for name in ("a", "b")}, "letter", "number").data
+    assert re.findall(r'value="(\d)".*?data-step="(\d)"', page) == [("0", "2"), ("1", "2"), ("0", "1")]
+    alternatives = re.findall(r'data-stop="(\d)" alt="([^"]*):[^"]*"( hidden)?>', page)
+    assert [(stop, alt, bool(hidden)) for stop, alt, hidden in alternatives] == [
+        ("1", "letter a, number 1", False),
+        ("2", "letter a, number 2", True),
+        ("1", "letter b, number 1", True),
+        ("2", "letter b, number 2", True),
+    ]
+    with pytest.raises(ValueError, match="same stops"):
+        choices({"a": {"1": Figure()}, "b": {"2": Figure()}}, "letter", "number")
 
 
 def test_every_picture_of_a_slider_says_in_words_what_it_shows() -> None:
@@ -217,7 +231,7 @@ def test_a_drawing_takes_the_place_of_the_image_until_another_is_chosen(trained:
 def test_an_explanation_that_fails_is_shown_in_the_panel(images: Tensor) -> None:
     class Outer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.cumsum(x.flatten(1)[:, :10], 1)
+            return torch.exp(x.flatten(1)[:, :10])
 
     panel = RelevanceExplorer(Outer(), images).live()
     assert "UnsupportedLayer" in message(panel)

@@ -8,6 +8,6 @@ control; in a built book it is a slider over the pictures that it would have dra
 from athena.book.widgets.explorer import Explorer
 from athena.book.widgets.factor import FactorExplorer
 from athena.book.widgets.relevance import RelevanceExplorer
-from athena.book.widgets.slider import frames
+from athena.book.widgets.slider import choices, frames
 
-__all__ = ["Explorer", "FactorExplorer", "RelevanceExplorer", "frames"]
+__all__ = ["Explorer", "FactorExplorer", "RelevanceExplorer", "choices", "frames"]

@@ -9,21 +9,23 @@ import html
 import io
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
 FOLLOW = (
-    "const all = [...this.closest('.athena-frames').querySelectorAll('img')];"
-    "all.forEach((picture, i) => { picture.hidden = i !== +this.value; });"
-    "const said = all[this.value].dataset.stop;"
-    "this.setAttribute('aria-valuetext', said);"
-    "const told = this.closest('.athena-frames').querySelector('output');"
-    "if (told) told.value = said;"
+    "const frames = this.closest('.athena-frames'), slider = frames.querySelector('input[type=range]');"
+    "let place = 0;"
+    "frames.querySelectorAll('input[type=range], input:checked').forEach("
+    "control => { place += control.value * control.dataset.step; });"
+    "const all = [...frames.querySelectorAll('img')];"
+    "all.forEach((picture, i) => { picture.hidden = i !== place; });"
+    "const said = all[place].dataset.stop;"
+    "if (slider) { slider.setAttribute('aria-valuetext', said); frames.querySelector('output').value = said; }"
 )
-"""What a control does when it is moved: it shows the picture of its stop, and says which that is."""
+"""What a control does when it is moved: it shows the picture that all controls choose, and a slider says its stop."""
 QUANTITY = re.compile(r"[−-]?\d[\d.,]*(e[+-]?\d+)?( ?%| epochs?)?")
 """Stops of which a slider can be made, since they have an order; others become buttons."""
 
@@ -45,16 +47,31 @@ def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None)
     if not stops or (value is not None and value not in stops):
         raise ValueError(f"a slider from {stops} cannot begin at {value!r}")
     first = stops.index(value or stops[0])
-    images = "".join(
-        f'<img src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}" loading="lazy" '
-        f'data-stop="{html.escape(stop)}" alt="{html.escape(f"{label} {stop}: {described(figure)}")}"'
-        f"{'' if i == first else ' hidden'}>"
-        for i, (stop, figure) in enumerate(pictures.items())
-    )
+    images = _images(list(pictures.items()), first, label)
     makes_slider = all(QUANTITY.fullmatch(stop) for stop in stops)
-    group = f"frames-{zlib.crc32(images.encode()):x}"  # buttons of one name exclude each other all over a page
-    control = _slider(stops, label, first) if makes_slider else _buttons(stops, label, first, group)
+    control = _slider(stops, label, first) if makes_slider else _buttons(stops, label, first, images)
     return HTML(f'<div class="athena-frames">{control}{images}</div>')
+
+
+def choices(pictures: Mapping[str, Mapping[str, Figure]], buttons: str, label: str) -> HTML:
+    """Buttons and a slider that go through figures drawn beforehand.
+
+    Args:
+        pictures: for each button the figure for each stop of the slider; the stops are the same for all.
+        buttons, label: what the buttons choose and what the slider moves, for the reader.
+
+    Raises:
+        ValueError: there is no picture, or the stops differ.
+    """
+    stops = [list(its) for its in pictures.values()]
+    if not stops or not stops[0] or any(its != stops[0] for its in stops):
+        raise ValueError(f"each button needs pictures for the same stops, and at least one; given are {stops}")
+    images = "".join(
+        _images(list(its.items()), 0 if i == 0 else None, f"{buttons} {name}, {label}")
+        for i, (name, its) in enumerate(pictures.items())
+    )
+    controls = _buttons(list(pictures), buttons, 0, images, step=len(stops[0])) + _slider(stops[0], label, 0)
+    return HTML(f'<div class="athena-frames">{controls}{images}</div>')
 
 
 def described(figure: Figure) -> str:
@@ -80,18 +97,28 @@ def png(figure: Figure, reduced: bool = True) -> bytes:
     return small.getvalue()
 
 
+def _images(pictures: Sequence[tuple[str, Figure]], first: int | None, label: str) -> str:
+    return "".join(
+        f'<img src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}" loading="lazy" '
+        f'data-stop="{html.escape(stop)}" alt="{html.escape(f"{label} {stop}: {described(figure)}")}"'
+        f"{'' if i == first else ' hidden'}>"
+        for i, (stop, figure) in enumerate(pictures)
+    )
+
+
 def _slider(stops: list[str], label: str, first: int) -> str:
     named, said = html.escape(label), html.escape(stops[first])
     return (
         f'<p><label>{named} <input type="range" min="0" max="{len(stops) - 1}" value="{first}" '
-        f'aria-valuetext="{said}" oninput="{html.escape(FOLLOW)}"></label> <output>{said}</output></p>'
+        f'aria-valuetext="{said}" data-step="1" oninput="{html.escape(FOLLOW)}"></label> <output>{said}</output></p>'
     )
 
 
-def _buttons(stops: list[str], label: str, first: int, group: str) -> str:
+def _buttons(stops: list[str], label: str, first: int, images: str, step: int = 1) -> str:
+    group = f"frames-{zlib.crc32(images.encode()):x}"  # buttons of one name exclude each other all over a page
     choices = "".join(
         f'<label><input type="radio" name="{group}" value="{i}"{" checked" if i == first else ""} '
-        f'oninput="{html.escape(FOLLOW)}"> {html.escape(stop)}</label> '
+        f'data-step="{step}" oninput="{html.escape(FOLLOW)}"> {html.escape(stop)}</label> '
         for i, stop in enumerate(stops)
     )
     return f"<fieldset><legend>{html.escape(label)}</legend>{choices}</fieldset>"
