@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
 from athena.propagation.euler import EulerLRP
-from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs, shares_memory
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, known, layer_of_kind, number_of_outputs, shares_memory
 from athena.propagation.notes import Note, Notes
 from athena.propagation.operations import Operation
 from athena.propagation.paths import Paths
@@ -312,7 +312,7 @@ class Walk:
     # Relevance comes down
 
     def run(self, starts: list[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
-        """Sends relevance down, with gradients off.
+        """Sends relevance down, with gradients off unless the relevance itself is to have a graph.
 
         Args:
             starts: outputs of the model, each with its ``d``, in its shape. They are let go of.
@@ -375,7 +375,7 @@ class Walk:
         if (edge := edge_of(out)) is not None:
             self.send(edge, d)
             if edge[1] == 0 and edge[0] in self.layers:
-                self.layers[edge[0]].z = out.detach()
+                self.layers[edge[0]].z = known(out)
 
     def send(self, way: Any, d: Tensor) -> None:
         """Has `d` come to an output of a graph node, given as (node, number)."""
@@ -461,7 +461,7 @@ class Walk:
                 self.require_notes()
             return INVERSES[name](node._saved_result)
         saved = getattr(node, "_saved_self", None)
-        return saved.detach() if isinstance(saved, Tensor) else None
+        return known(saved) if isinstance(saved, Tensor) else None
 
     def output(self, node: Any) -> Tensor | None:
         """The output of an operation, as far as it was noted."""
@@ -513,7 +513,7 @@ def value_of(edge: Any) -> Tensor | None:
         return None
     leaf: Tensor | None = getattr(node, "variable", None)
     if leaf is not None:
-        return leaf.detach()
+        return known(leaf)
     name, kind = node.name(), layer_of_kind(node.name())
     if not (kind is not None and kind.is_view) and name not in (*SELECTIONS, *REPETITIONS):
         return None
