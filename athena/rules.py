@@ -431,4 +431,6 @@ def _any_below_zero(tensor: Tensor) -> bool:
 
 def _quotient(relevance: Tensor, total: Tensor) -> Tensor:
     """``relevance / total`` in the memory of `relevance`, and 0 where the total has no contributions to share it."""
+    if torch.is_grad_enabled():  # with a gradient that is finite
+        return (relevance / total.masked_fill(total == 0, 1)).masked_fill(total == 0, 0)
     return relevance.div_(total).nan_to_num_(0.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, nonzero, total
+from athena.propagation.layer import LRPLayer, nonzero, over, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -107,7 +107,7 @@ class ActivationLRP(LRPLayer):
         if walk.zeros:
             down = d * (nonzero(z) - at_zero) / nonzero(x)
         else:
-            down = (z if at_zero == 0 else z.sub_(at_zero)).mul_(d).div_(x).masked_fill_(x == 0, 0)
+            down = over((z - at_zero) * d if torch.is_grad_enabled() else z.sub_(at_zero).mul_(d), x)
         if at_zero and walk.account is not None:
             walk.account.add(node, total(d * function(node, x)), at_zero * total(d))
         return (down,)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, nonzero, total
+from athena.propagation.layer import LRPLayer, nonzero, over, total
 from athena.propagation.use import Layer
 from athena.rules import Zero
 
@@ -216,7 +216,7 @@ class AffineLRP(LRPLayer):
         else:  # relevance over what bears it
             shares = [x * part for x, part in zip(inputs, parts, strict=True)]
             share = shares[0] if len(shares) == 1 else shares[0].add_(shares[1])
-            down = share.div_(nonzero(a)) if rule.absolute else share.div_(a).masked_fill_(a == 0, 0)
+            down = share.div_(nonzero(a)) if rule.absolute else over(share, a)
         return (down if own is None else down.add_(cls.pull(layer, own, w)),)
 
 

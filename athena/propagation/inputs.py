@@ -33,6 +33,7 @@ class Inputs:
         x, at: as for `athena.lrp`.
         model: the model.
         full: what a tensor is cast by.
+        keeps_graph: whether `x` keeps its graph.
 
     Attributes:
         sources: after a call, the tensors that are explained, leaves of the graph.
@@ -42,14 +43,17 @@ class Inputs:
         TypeError, ValueError: `x` or `at` is not of the form that `athena.lrp` takes.
     """
 
-    def __init__(self, model: nn.Module, x: Any, at: str | None, full: Callable[[Tensor], Tensor]) -> None:
-        self.at, self.sources = at, list[Tensor]()
+    def __init__(
+        self, model: nn.Module, x: Any, at: str | None, full: Callable[[Tensor], Tensor], keeps_graph: bool
+    ) -> None:
+        self.at, self.sources, self._goes_on = at, list[Tensor](), False
         self._module = None if at is None else module_at(model, at, "at")
         self._is_single = not isinstance(x, tuple | dict)
         self._names = list(x) if isinstance(x, dict) else None
         values = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else [x]
         with torch.inference_mode(False):
-            self._values = mapped(values, lambda tensor: full(_own(tensor)))
+            own = Tensor.clone if any(value.is_inference() for value in tensors_in(values)) else Tensor.detach
+            self._values = mapped(values, lambda tensor: full(tensor if keeps_graph else own(tensor)))
         floating = [isinstance(value, Tensor) and value.is_floating_point() for value in values]
         self._explained = [at is None and its for its in floating]
         if at is None:
@@ -62,9 +66,13 @@ class Inputs:
         tensors = tensors_in(self._values) or list(model.parameters())[:1]
         self.device = tensors[0].device if tensors else torch.device("cpu")
 
-    def call(self, model: nn.Module) -> Any:
-        """The output of the model, with its graph down to new `sources`."""
+    def call(self, model: nn.Module, differentiable: bool = False) -> Any:
+        """The output of the model, with its graph down to new `sources`, and below them if it is to be differentiable.
+
+        Autograd knows each source by a graph node of its own.
+        """
         self.sources.clear()
+        self._goes_on = differentiable
         if self._module is None:
             values = [
                 self._source(value) if is_explained else value
@@ -86,7 +94,8 @@ class Inputs:
         return model(*values) if self._names is None else model(**dict(zip(self._names, values, strict=True)))
 
     def _source(self, tensor: Tensor) -> Tensor:
-        self.sources.append(source := tensor.detach().requires_grad_())
+        goes_on = self._goes_on and tensor.requires_grad
+        self.sources.append(source := tensor.view_as(tensor) if goes_on else tensor.detach().requires_grad_())
         return source
 
     def _cut(self, tensor: Tensor) -> Tensor:
@@ -101,7 +110,3 @@ class Inputs:
             names = [name for name, its in zip(self._names, self._explained, strict=True) if its]
             return dict(zip(names, relevance, strict=True))
         return relevance[0] if self._is_single else tuple(relevance)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor.detach()

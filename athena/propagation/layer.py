@@ -19,9 +19,11 @@ __all__ = [
     "LRPLayer",
     "UnsupportedLayer",
     "dimension",
+    "known",
     "layer_of_kind",
     "nonzero",
     "number_of_outputs",
+    "over",
     "shares_memory",
     "total",
 ]
@@ -117,8 +119,20 @@ def dimension(saved: int, z: Tensor) -> int:
 def nonzero(z: Tensor) -> Tensor:
     """``z`` with values as good as 0 moved off it, so that ``R = z d`` can hold any ``R``."""
     least = max(1e-20, torch.finfo(z.dtype).tiny)  # adds nothing to anything, and its inverse is finite
-    small = torch.full_like(z, least).copysign_(z)
+    small = torch.full_like(z, least).copysign_(z.detach())
     return torch.where(z.abs() < least, small, z)
+
+
+def known(tensor: Tensor) -> Tensor:
+    """A value of the forward pass; it keeps its graph where relevance is to have one."""
+    return tensor if torch.is_grad_enabled() else tensor.detach()
+
+
+def over(share: Tensor, a: Tensor) -> Tensor:
+    """``share / a`` in the memory of `share`, and 0 where ``a`` is; with a gradient that is finite, if it has one."""
+    if torch.is_grad_enabled():
+        return (share / a.masked_fill(a == 0, 1)).masked_fill(a == 0, 0)
+    return share.div_(a).masked_fill_(a == 0, 0)
 
 
 def total(relevance: Tensor) -> float:

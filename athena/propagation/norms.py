@@ -5,9 +5,10 @@ layer whose rule is not LRP-0, both are explained as the one layer they are.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from athena.propagation.affine import Layer, merged
@@ -26,6 +27,14 @@ def epsilon_of(node: Any) -> float:
     return float(node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon)
 
 
+def inverse_deviation(saved: Tensor, node: Any, variance: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a norm multiplies by, as it has saved it; where relevance is to have a graph, with that of its input."""
+    if not torch.is_grad_enabled():
+        return saved
+    of_input = variance(node._saved_input).reshape(saved.shape)
+    return (of_input + (saved.to(of_input.dtype).pow(-2) - of_input).detach()).rsqrt()
+
+
 class BatchNormLRP(LRPLayer):
     """Batch norm, and instance norm, which PyTorch runs as batch norm of more channels."""
 
@@ -39,8 +48,10 @@ class BatchNormLRP(LRPLayer):
         shape, none = (-1, *[1] * (d.dim() - 2)), [None] * (len(node.next_functions) - 1)
         weight, rectified = node._saved_weight, walk.rectified.pop(node, None)
         if getattr(node, "_saved_training", True):
-            scale = node._saved_result2 if weight is None else node._saved_result2 * weight
-            down = _without_mean((d * scale.view(shape)).to(d.dtype), (0, *range(2, d.dim())))
+            dims = 0, *range(2, d.dim())
+            inverse = inverse_deviation(node._saved_result2, node, lambda x: x.var(dims, correction=0))
+            scale = inverse if weight is None else inverse * weight
+            down = _without_mean((d * scale.view(shape)).to(d.dtype), dims)
             if walk.account is not None:
                 book(walk, node, down, node._saved_input, d, cls.bias(walk, node, d), shape)
             return [down, *none]
@@ -108,7 +119,8 @@ class NormalisationLRP(LRPLayer):
         d, weight = given[0], node._saved_weight
         assert d is not None
         dims = tuple(range(d.dim() - len(node._saved_normalized_shape), d.dim()))
-        down = _without_mean((d if weight is None else d * weight) * node._saved_result2, dims).to(d.dtype)
+        inverse = inverse_deviation(node._saved_result2, node, lambda x: x.var(dims, correction=0))
+        down = _without_mean((d if weight is None else d * weight) * inverse, dims).to(d.dtype)
         x = node._saved_input
         if walk.account is not None:
             shift = node._saved_bias
@@ -128,7 +140,9 @@ class GroupNormLRP(LRPLayer):
         d, weight, channels = given[0], node._saved_weight, (-1, *[1] * (given[0].dim() - 2))  # type: ignore[union-attr]
         assert d is not None
         s = d if weight is None else d * weight.view(channels)
-        s = s.reshape(len(d), node._saved_group, -1) * node._saved_result2.view(len(d), -1, 1)
+        grouped = len(d), node._saved_group, -1
+        inverse = inverse_deviation(node._saved_result2, node, lambda x: x.reshape(grouped).var(2, correction=0))
+        s = s.reshape(grouped) * inverse.view(len(d), -1, 1)
         down = _without_mean(s, (2,)).reshape(d.shape)
         if walk.account is not None:
             book(walk, node, down, node._saved_input, d, BatchNormLRP.bias(walk, node, d), channels)
@@ -145,5 +159,7 @@ class RMSNormLRP(LRPLayer):
         """The gradient, had the root been a constant."""
         d, weight = given[0], node._saved_weight
         assert d is not None
-        s = (d if weight is None else d * weight) * node._saved_result1
+        dims = tuple(range(d.dim() - len(node._saved_normalized_shape), d.dim()))
+        inverse = inverse_deviation(node._saved_result1, node, lambda x: x.square().mean(dims))
+        s = (d if weight is None else d * weight) * inverse
         return [s.to(d.dtype), *[None] * (len(node.next_functions) - 1)]

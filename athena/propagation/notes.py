@@ -86,6 +86,7 @@ class Notes(TorchFunctionMode):
         aliases: for what stands in for a frozen parameter, that parameter, by its id.
         without_graph: weights that ask for gradients and were used where none are recorded.
         needed: whether anything has been noted that the graph would not have told.
+        differentiable: whether relevance is to have a graph, so that inputs are noted with theirs.
         packs: whether some of the forward pass is to be computed again for the backward pass.
     """
 
@@ -104,15 +105,21 @@ class Notes(TorchFunctionMode):
         self.copies: set[Any] = set()
         self.aliases: dict[int, tuple[Tensor, Tensor]] = {}
         self.without_graph: list[Tensor] = []
-        self.needed = self.packs = False
+        self.needed = self.packs = self.differentiable = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.differentiable:
+            self.packs = self.packs or packs_what_it_saves()
         noted = NOTED.get(function)
         if noted is None:
             return function(*args, **(kwargs or {}))
         return noted(self, function, args, kwargs or {})
+
+    def kept(self, tensor: Tensor) -> Tensor:
+        """`tensor` as it is noted."""
+        return tensor if self.differentiable else tensor.detach()
 
     def thawed(self, tensor: Tensor) -> Tensor:
         """`tensor` as a leaf that asks for gradients, so that autograd saves what it is multiplied with."""
@@ -187,8 +194,8 @@ def _affine(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str
     packs, frozen = packs_what_it_saves(), not weight.requires_grad
     notes.packs = notes.packs or packs
     notes.needed = notes.needed or frozen or packs
-    keeps = notes.outputs and not packs
-    note = Note(z if keeps else None, a.detach() if frozen and notes.outputs else None, weight, bias)
+    keeps = notes.outputs and not packs and not notes.differentiable
+    note = Note(z if keeps else None, notes.kept(a) if frozen and notes.outputs else None, weight, bias)
     note.pads = "same" in (kwargs.get("padding"), *args[4:5])
     notes.calls[node] = note
     return z
@@ -212,7 +219,7 @@ def _by_output(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[
     z: Tensor = function(*args, **kwargs)
     if z.grad_fn is not None:
         x = args[0] if args else kwargs["input"]
-        notes.calls[z.grad_fn] = Note(a=x.detach())
+        notes.calls[z.grad_fn] = Note(a=notes.kept(x))
         notes.needed = True
     return z
 

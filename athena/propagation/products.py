@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, shares_memory, total
+from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, over, shares_memory, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -33,6 +33,8 @@ class ProductLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient to a single factor, half of it to each of two."""
+        if len(node.next_functions) == 1:  # a number, as within attention
+            return super().down(walk, node, given)
         (left, _), (right, _) = node.next_functions
         if walk.notes.given and None in (left, right):
             (d,), place = given, 0 if right is None else 1
@@ -181,7 +183,7 @@ class GatedLRP(LRPLayer):
         if walk.gates == "signal":
             return (torch.cat([d * open_, torch.zeros_like(d)], dim),)
         half = d * 0.5
-        of_gate = (half * x * (open_ - 0.5)).div_(gate).masked_fill_(gate == 0, 0)
+        of_gate = over(half * x * (open_ - 0.5), gate)
         if walk.account is not None:
             walk.account.add(node, total(d * x * open_), total(half * x * torch.where(gate == 0, open_, 0.5)))
         return (torch.cat([half * open_, of_gate], dim),)
@@ -190,7 +192,7 @@ class GatedLRP(LRPLayer):
 class SoftmaxLRP(LRPLayer):
     """Softmax: gradient times input, the first order of its Taylor series (AttnLRP); the rest is booked as a bias."""
 
-    kinds = ("Softmax", "LogSoftmax")
+    kinds = ("Softmax", "LogSoftmax", "SafeSoftmax")
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:

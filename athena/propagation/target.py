@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import nonzero
+from athena.propagation.layer import known, nonzero, over
 from athena.propagation.notes import tensors_in
 
 __all__ = ["Target", "described", "mapped", "start", "starts_down"]
@@ -27,7 +27,7 @@ def start(output: Any, target: Any) -> Any:
         TypeError, ValueError: the output or the target is not of the form that `athena.lrp` takes.
     """
     if callable(target):
-        relevance = target(mapped(output, Tensor.detach))
+        relevance = target(mapped(output, known))
         if relevance is None or not _alike(relevance, output):
             what = f"the structure of what the model returned, {described(output)}, with None where nothing is to start"
             if isinstance(output, Tensor):
@@ -35,10 +35,10 @@ def start(output: Any, target: Any) -> Any:
             raise ValueError(f"target(output) gave {described(relevance)}; it must have {what}")
         if not _pairs(output, relevance):
             raise ValueError("target(output) gave None for all that the model returned; relevance has nowhere to start")
-        return mapped(relevance, Tensor.detach)
+        return mapped(relevance, known)
     if isinstance(target, tuple):
-        return _of_token(_tensor(output).detach(), *target)
-    output = _logits(_tensor(output)).detach()
+        return _of_token(known(_tensor(output)), *target)
+    output = known(_logits(_tensor(output)))
     if isinstance(target, str):
         if target not in ("softmax", "logits"):
             raise ValueError(f"target={target!r}: the starts with a name are 'softmax' and 'logits'")
@@ -48,7 +48,7 @@ def start(output: Any, target: Any) -> Any:
     else:
         chosen = _chosen(target, output)
         logits = output.gather(1, chosen)
-    return torch.zeros_like(output).scatter_(1, chosen, logits)
+    return torch.zeros_like(output).scatter(1, chosen, logits)
 
 
 def starts_down(output: Any, target: Any, zeros: bool = False) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
@@ -72,8 +72,8 @@ def starts_down(output: Any, target: Any, zeros: bool = False) -> tuple[Any, lis
 def _over(relevance: Tensor, output: Tensor, zeros: bool) -> Tensor:
     """``relevance / output``."""
     if zeros:
-        return relevance / nonzero(output.detach())
-    return (relevance / output.detach()).nan_to_num_(0.0, 0.0, 0.0)
+        return relevance / nonzero(known(output))
+    return over(relevance.clone(), known(output)).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -114,7 +114,7 @@ def _of_token(output: Tensor, token: Any, target: Any) -> Tensor:
     if batch and not (-tokens <= int(places.min()) and int(places.max()) < tokens):
         raise ValueError(f"the token of target is {described(token)}; the model's output has {tokens} tokens")
     chosen = torch.arange(batch, device=output.device), places % max(tokens, 1)
-    return torch.zeros_like(output).index_put_(chosen, start(output[chosen], target))
+    return torch.zeros_like(output).index_put(chosen, start(output[chosen], target))
 
 
 def _chosen(target: Any, output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from athena.propagation.layer import UnsupportedLayer
+from athena.propagation.layer import UnsupportedLayer, known
 from athena.propagation.notes import Note
 from athena.rules import Rule
 
@@ -71,14 +71,14 @@ class Layer:
                     f"the input of {self.path!r}, whose weight is frozen, was not kept; let the weight ask for "
                     "gradients"
                 )
-            self._a = saved.detach()
+            self._a = known(saved)
         return self._a
 
     @property
     def w(self) -> Tensor:
         """The weight, as the node multiplies with it."""
         if self._w is None:
-            self._w = self.kind.operand(self.node, 1 - self.place).detach()
+            self._w = known(self.kind.operand(self.node, 1 - self.place))
         return self._w
 
     def find_weight(self, walk: "Walk") -> None:
@@ -91,7 +91,7 @@ class Layer:
         elif saved is None:
             saved = walk.constant(self.node.next_functions[self.kind.first + 1 - self.place], self.a)
         assert saved is not None
-        self._w = saved.detach()
+        self._w = known(saved)
 
     @property
     def is_plain(self) -> bool:
@@ -103,7 +103,7 @@ class Layer:
         bias, edge = self.bias, self.kind.bias_edge(self.node)
         if bias is None and (edge is None or edge[0] not in walk.relevant):
             bias = self.note.bias if self.note is not None else walk.constant(edge, self.w)
-        constant = None if bias is None else self.kind.channels(self, bias.detach())
+        constant = None if bias is None else self.kind.channels(self, known(bias))
         if self.scale is None or self.shift is None:
             return constant
         shift = self.kind.channels(self, self.shift)

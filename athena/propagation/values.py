@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from athena.propagation.affine import LinearLRP
-from athena.propagation.layer import layer_of_kind, number_of_outputs
+from athena.propagation.layer import known, layer_of_kind, number_of_outputs
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -34,7 +34,7 @@ def value_of(edge: Any) -> Tensor | None:
         return None
     leaf: Tensor | None = getattr(node, "variable", None)
     if leaf is not None:
-        return leaf.detach()
+        return known(leaf)
     name = node.name()
     if not is_view(node) and name not in (*SELECTIONS, *REPETITIONS):
         return None

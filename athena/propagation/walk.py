@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from athena.propagation.account import Account
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, Layer, LinearLRP
 from athena.propagation.euler import EulerLRP
-from athena.propagation.layer import LRPLayer, UnsupportedLayer, layer_of_kind, number_of_outputs, shares_memory
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, known, layer_of_kind, number_of_outputs, shares_memory
 from athena.propagation.notes import Note, Notes
 from athena.propagation.operations import Operation
 from athena.propagation.paths import Paths
@@ -292,7 +292,7 @@ class Walk:
     # Relevance comes down
 
     def run(self, starts: list[tuple[Tensor, Tensor]]) -> dict[Any, Tensor]:
-        """Sends relevance down, with gradients off.
+        """Sends relevance down, with gradients off unless the relevance itself is to have a graph.
 
         Args:
             starts: outputs of the model, each with its ``d``, in its shape. They are let go of.
@@ -355,7 +355,7 @@ class Walk:
         if (edge := edge_of(out)) is not None:
             self.send(edge, d)
             if edge[1] == 0 and edge[0] in self.layers:
-                self.layers[edge[0]].z = out.detach()
+                self.layers[edge[0]].z = known(out)
 
     def send(self, way: Any, d: Tensor) -> None:
         """Has `d` come to an output of a graph node, given as (node, number)."""
@@ -441,7 +441,7 @@ class Walk:
                 self.require_notes()
             return INVERSES[name](node._saved_result)
         saved = getattr(node, "_saved_self", None)
-        return saved.detach() if isinstance(saved, Tensor) else None
+        return known(saved) if isinstance(saved, Tensor) else None
 
     def output(self, node: Any) -> Tensor | None:
         """The output of an operation, as far as it was noted."""
