@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from athena.propagation.layer import UnsupportedLayer
@@ -171,6 +170,8 @@ def refuse_transforms() -> None:
     """Raises where the forward pass runs under a transform of torch.func that guidance cannot follow."""
     if torch._C._functorch.peek_interpreter_stack() is None:
         return
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
     for interpreter in retrieve_all_functorch_interpreters():
         if interpreter.key().name in ("Vmap", "Jvp"):
             raise UnsupportedLayer(
