@@ -107,6 +107,11 @@ class Operations(TorchDispatchMode):
         self._made: dict[Any, Operation] = {}
         self._last: tuple[Operation, list[Tensor], Tensor | None] | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks; if so, it imports all of its compiler when the first operation is recorded."""
+        return False
+
     def of(self, node: Any) -> Operation | None:
         """The operation that has made a graph node, if it was kept."""
         return self._made.get(node)
