@@ -32,8 +32,8 @@ class DivergedError(ArithmeticError):
     def __init__(self, step: int, layer: str, factor: float) -> None:
         super().__init__(
             f"step {step}: the gradient at {layer!r} is not finite after scaling by 1 + {factor:g} * relevance; take "
-            "normalise='max', gates='signal' where sigmoids gate other features (squeeze and excitation), a smaller "
-            "factor, a rule with a larger epsilon, or on_divergence='record' to go on and look at it afterwards"
+            "normalise='max', a smaller factor, a rule with a larger epsilon, or on_divergence='record' to go on and "
+            "look at it afterwards"
         )
         self.step, self.layer = step, layer
 
