@@ -206,10 +206,10 @@ def test_gradient_methods_equal_captum() -> None:
         "guided_backpropagation": captum.attr.GuidedBackprop(model).attribute(given, TARGET),
         "gradient_times_input": captum.attr.InputXGradient(model).attribute(given, TARGET),
         "deep_lift": captum.attr.DeepLift(model).attribute(given, torch.zeros_like(x), TARGET),
-        "integrated_gradients": captum.attr.IntegratedGradients(model).attribute(given, n_steps=256, target=TARGET),
+        "integrated_gradients": captum.attr.IntegratedGradients(model).attribute(given, n_steps=1024, target=TARGET),
     }
     for method, expected in pairs.items():
-        options = {"steps": 256} if method == "integrated_gradients" else {}
+        options = {"steps": 1024} if method == "integrated_gradients" else {}
         torch.testing.assert_close(
             attribute(method, model, x, TARGET, **options), expected.detach(), atol=1e-5, rtol=1e-5, msg=method
         )

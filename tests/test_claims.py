@@ -71,7 +71,7 @@ def measured(gains: dict[str, float], seeds: int = 10) -> pd.DataFrame:
     study = experiments.Study.read(experiments.root() / "studies" / "decisive.toml")
     rng = np.random.default_rng(0)
     lines = [
-        {"run": dict(vars(run)), "accuracy": [0.9], "fingerprint": "x", "device": "cpu", "code": "1"}
+        {"key": run.key, "run": dict(vars(run)), "accuracy": [0.9], "fingerprint": "x", "device": "cpu", "code": "1"}
         for run in study.runs
         if run.seed < 1000 + seeds
     ]

@@ -231,7 +231,7 @@ def test_a_drawing_takes_the_place_of_the_image_until_another_is_chosen(trained:
 def test_an_explanation_that_fails_is_shown_in_the_panel(images: Tensor) -> None:
     class Outer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.exp(x.flatten(1)[:, :10])
+            return torch.exp(1 + x.flatten(1)[:, :10])
 
     panel = RelevanceExplorer(Outer(), images).live()
     assert "UnsupportedLayer" in message(panel)

@@ -80,7 +80,7 @@ def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Module]]:
     found, seen = [], set[int]()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen and not name.endswith("bias"):
+            if id(parameter) not in seen and "bias" not in name:
                 seen.add(id(parameter))
                 found.append((f"{path}.{name}".removeprefix("."), parameter, module))
     return found
