@@ -84,16 +84,24 @@ def shown(slider: Locator) -> tuple[str, str]:
 
 
 def stops(slider: Locator) -> Iterator[tuple[str, str]]:
-    """Goes through the stops by keyboard, from the first: what is said of each, and its picture."""
-    control = slider.locator("input").first
-    control.press("Home") if control.get_attribute("type") == "range" else control.check()
-    for _ in range(slider.locator("img").count()):
-        stop, picture = shown(slider)
-        control = slider.locator("input:focus")
-        said = control.evaluate("one => one.getAttribute('aria-valuetext') || one.labels[0].textContent.trim()")
-        assert said == stop
-        yield stop, picture
-        control.press("ArrowRight")
+    """Goes through the stops by keyboard, from the first: what is said of each, and its picture.
+
+    Where there are buttons beside a slider, it goes through the slider's stops for each of them.
+    """
+    by_range = slider.locator("input[type=range]")
+    buttons = slider.locator("input[type=radio]").all() if by_range.count() else []
+    for button in buttons or [None]:
+        if button is not None:
+            button.check()
+        control = by_range if by_range.count() else slider.locator("input").first
+        control.press("Home") if by_range.count() else control.check()
+        for _ in range(slider.locator("img").count() // max(1, len(buttons))):
+            stop, picture = shown(slider)
+            control = slider.locator("input:focus")
+            said = control.evaluate("one => one.getAttribute('aria-valuetext') || one.labels[0].textContent.trim()")
+            assert said == stop
+            yield (stop if button is None else f"{button.get_attribute('value')}: {stop}"), picture
+            control.press("ArrowRight")
 
 
 @pytest.mark.parametrize(
