@@ -95,6 +95,7 @@ def stops(slider: Locator) -> Iterator[tuple[str, str]]:
             button.check()
         control = by_range if by_range.count() else slider.locator("input").first
         control.press("Home") if by_range.count() else control.check()
+        control.focus()  # a button that was chosen already is not clicked
         for _ in range(slider.locator("img").count() // max(1, len(buttons))):
             stop, picture = shown(slider)
             control = slider.locator("input:focus")
