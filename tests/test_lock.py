@@ -24,8 +24,8 @@ def licence(name: str) -> str:
     """The licence of an installed package, in the words of its own metadata."""
     found = metadata(name)
     classified = [text.split(" :: ")[-1] for text in found.get_all("Classifier") or [] if text.startswith("License ::")]
-    lines = (found["License"] or "").strip().splitlines()
-    return found["License-Expression"] or "; ".join(sorted(classified)) or (lines[0][:60] if lines else "")
+    lines = (found.get("License") or "").strip().splitlines()
+    return found.get("License-Expression") or "; ".join(sorted(classified)) or (lines[0][:60] if lines else "")
 
 
 def listed() -> dict[str, dict[str, str]]:

@@ -81,6 +81,7 @@ def leave() -> None:
 
 @pytest.mark.parametrize("end", [interrupted, leave])
 def test_nothing_stays_behind_whatever_ends_a_forward_pass(end: Callable[[], None]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored in what it runs aside
     model = Net()
     expected, plain = guided(model, factor=2.0), step(model)
     with athena.Guidance(model, 2.0):

@@ -125,7 +125,7 @@ def test_every_pinned_package_allows_each_python_that_the_project_does(python: s
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
     installed = {pin.name: metadata(pin.name) for pin in pins()}
     allowed = {
-        pin.name: Requirement(f"python{installed[pin.name]['Requires-Python'] or ''}").specifier.contains(python)
+        pin.name: Requirement(f"python{installed[pin.name].get('Requires-Python') or ''}").specifier.contains(python)
         for pin in pins()
         if pin.specifier.contains(installed[pin.name]["Version"])
     }
