@@ -1,6 +1,6 @@
-"""Runs that differ from a run in every field, whatever fields there are."""
+"""Another value for every field of a run, whatever fields there are."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from athena import training
@@ -9,8 +9,8 @@ from athena.training import Run
 TEXT = {"rule": "Zero()", "scope": "convolutional"}
 
 
-def unlike(run: Run) -> Run:
-    """A run with another value than `run` in each of its fields."""
+def others(run: Run) -> dict[str, Any]:
+    """For each field of `run` a value that it does not have."""
 
     def other(name: str, value: Any) -> Any:
         if name in training.CHOICES:
@@ -19,4 +19,4 @@ def unlike(run: Run) -> Run:
             return value + 1 if training.NUMBERS[name][0] is int else (value or 1.0) / 2
         return TEXT[name]
 
-    return replace(run, **{name: other(name, value) for name, value in asdict(run).items()})
+    return {name: other(name, value) for name, value in asdict(run).items()}

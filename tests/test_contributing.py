@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import athena
 from athena import data, experiments, models, rules
-from athena.experiments import controls
+from athena.experiments import controls, uses
 from athena.experiments.data import originals
+from athena.experiments.run import Run
 from athena.propagation import layer, passing, products
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,14 @@ def test_the_model_has_a_cost() -> None:
     assert names["MODELS"].keys() == names["STEP_COST"].keys() > models.MODELS.keys()
     assert names["MODELS"]["perceptron"](3, 10)(torch.rand(2, 3, 32, 32)).shape == (2, 10)
     assert models.MODELS.keys() == models.STEP_COST.keys()
+
+
+def test_the_use_gives_the_loss_of_a_batch() -> None:
+    loss = added_to(uses, "A use")["LOSSES"]["doubled"]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    losses = nn.functional.cross_entropy(network(x), y, reduction="none")
+    assert losses.mean() <= loss(uses.Use(Run(target="label"), network), x, y) <= 2 * losses.mean()
 
 
 def test_the_control_gives_one_number_a_neuron() -> None:

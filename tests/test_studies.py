@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from runs import unlike
+from runs import others
 from sweeps import STUDY, TINY
 
 from athena import experiments
@@ -37,7 +37,7 @@ def test_plain_arms_of_a_grid_are_run_once() -> None:
 
 
 def test_a_plain_run_differs_from_its_guided_partner_in_the_arm_alone() -> None:
-    guided = unlike(Run())
+    guided = replace(Run(), **(others(Run()) | {"factor": 0.0}))  # with a use the factor must be 0
     ours, theirs = plain(guided), guided
     assert ours.factor == 0 and plain(ours) == ours
     for field in fields(Run):

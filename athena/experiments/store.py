@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from athena.experiments import places
-from athena.experiments.training import SINCE, Run
+from athena.experiments.run import SINCE, Run
 
 COLUMNS = [field.name for field in fields(Run)] + [
     *("key", "accuracy", "seconds", "peak_bytes", "stopped_at", "diverged", "device", "versions", "code"),

@@ -20,11 +20,14 @@ from typing import Any
 import pandas as pd
 
 from athena.experiments import places
+from athena.experiments.run import Run
 from athena.experiments.store import Store
-from athena.experiments.training import Run
 
-ARM: tuple[str, ...] = ("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control")
-"""The fields of a `Run` that say how it is guided. A guided run and its plain partner differ in these alone."""
+ARM: tuple[str, ...] = (
+    *("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control"),
+    *("use", "strength", "score"),
+)
+"""The fields of a `Run` that say what is done with relevance. A run and its plain partner differ in these alone."""
 MOST_RUNS = 100_000
 """The most that one grid may ask for: more takes a minute to write down, and far longer to run."""
 PARTS: tuple[tuple[str, type, str], ...] = (
@@ -37,7 +40,7 @@ PARTS: tuple[tuple[str, type, str], ...] = (
 
 
 def plain(run: Run) -> Run:
-    """The plain run that `run` is compared with: factor 0, and nothing else that only guidance reads."""
+    """The plain run that `run` is compared with: factor 0, no use, and nothing else that only these read."""
     defaults: dict[str, Any] = {field.name: field.default for field in fields(Run) if field.name in ARM}
     return replace(run, **(defaults | {"factor": 0.0}))
 
@@ -58,7 +61,7 @@ def grid(base: Run, **values: Iterable[Any]) -> list[Run]:
     if (count := math.prod(map(len, lists.values()))) > MOST_RUNS:
         raise ValueError(f"a grid of {count} runs: at most {MOST_RUNS} at once; split it into several studies")
     runs = [replace(base, **dict(zip(lists, chosen, strict=True))) for chosen in itertools.product(*lists.values())]
-    return list(dict.fromkeys(run if run.factor else plain(run) for run in runs))
+    return list(dict.fromkeys(plain(run) if run.is_plain else run for run in runs))
 
 
 @dataclass(frozen=True)

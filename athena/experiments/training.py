@@ -7,7 +7,6 @@ Not here: grids of runs and where results are kept (`athena.experiments`). To gu
 import ast
 import hashlib
 import inspect
-import json
 import platform
 import resource
 import sys
@@ -16,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,156 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athena import guidance, rules
-from athena.experiments import controls, data, models
+from athena.experiments import controls, data, models, uses
+from athena.experiments.run import CHOICES, NUMBERS, OPTIMIZERS, SINCE, Run
 
-__all__ = ["MODELS", "Glimpse", "Result", "Run", "train", "watch"]
+__all__ = ["CHOICES", "MODELS", "NUMBERS", "SINCE", "Glimpse", "Result", "Run", "train", "watch"]
 
 MODELS = models.MODELS
-HELD_OUT = 0.1
-"""The share of the training set that early stopping on ``monitor="validation"`` is decided by."""
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "model": tuple(MODELS),
-    "dataset": data.NAMES,
-    "target": ("predicted", "softmax", "logits", "label"),
-    "normalise": guidance.NORMALISE,
-    "granularity": guidance.GRANULARITY,
-    "control": (None, *controls.CONTROLS),
-    "schedule": ("constant", "onecycle"),
-    "tested": ("each epoch", "at the end"),
-    "precision": ("float32", "tf32", "bfloat16"),
-    "monitor": (None, "validation", "test"),
-    "restore_best": (True, False),
-}
-FLOAT32_MAX = torch.finfo(torch.float32).max
-NUMBERS: dict[str, tuple[type, float, float]] = {
-    "fraction": (float, 0.0, 1.0),
-    "factor": (float, -FLOAT32_MAX, FLOAT32_MAX),
-    "seed": (int, 0, 2**32 - 1),  # PyTorch's generator takes no more than 32 bits of it
-    "epochs": (float, 0.0, 1e6),
-    "batch_size": (int, 1, 2**31 - 1),
-    "learning_rate": (float, 0.0, FLOAT32_MAX),
-    "window": (float, 0.0, 1e6),
-    "patience": (float, 0.0, 1e6),
-    "threads": (int, 1, 1024),
-    "every": (int, 1, 2**31 - 1),
-    "smoothing": (float, 0.0, 1.0),
-    "weight_decay": (float, 0.0, FLOAT32_MAX),
-}
-"""The fields that are numbers: of which kind, the least and the most."""
-SINCE: dict[str, Any] = {
-    "every": 1,
-    "control": None,
-    "smoothing": 0.0,
-    "schedule": "constant",
-    "weight_decay": 0.0,
-    "tested": "each epoch",
-}
-"""Fields that came after the first results, with the value that all runs had before."""
 ONE_AT_A_TIME = threading.Lock()
 """Random state and `_settings` belong to the process, so runs in threads of one, as on a Dask worker, take turns."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that decides the outcome of one training run on one kind of machine.
-
-    Attributes:
-        model: ``"mlp"`` or ``"cnn"``, thesis table 6.1.
-        dataset: a name of `athena.data.NAMES`.
-        fraction: the share of the training set, in (0, 1].
-        factor: the LRP factor; 0 is plain training.
-        seed: of the initial weights, the subset and the order of the batches, all three; from 0 to 2**32 - 1.
-        epochs: passes over the subset; 3.6 are three passes and the first 60 % of the batches of a fourth.
-        rule: a rule of `athena.rules` as text, ``"Epsilon(1e-06)"``.
-        target, scope, normalise, granularity: as for `athena.Guidance`; target ``"predicted"`` is its None.
-        batch_size, learning_rate: of Adam. The thesis names neither. With a schedule the rate is its highest.
-        precision: ``"float32"``; ``"tf32"``, the same but for convolutions on a GPU, which multiply in TF32, as
-            PyTorch lets them unless told otherwise; ``"bfloat16"`` for autocast.
-        monitor: what early stopping looks at: None for no early stopping; ``"validation"``, a tenth of the training
-            set, held out, the same for every run (fractions are then of the rest); ``"test"``, the test set itself.
-        window: batches between two looks (k in thesis 7.2.3), as a share of the batches in an epoch.
-        patience: batches without improvement until the run stops (l in thesis 7.2.3), as a share of the same. Both
-            grow with the data, as in the thesis, which names no number.
-        restore_best: whether the weights of the best look are put back at the end.
-        threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
-        every: as for `athena.Guidance`: of so many steps one is guided.
-        control: what stands in the place of relevance, a name of `athena.experiments.controls.CONTROLS`; None is
-            relevance itself. Its random numbers are drawn apart from all others.
-        smoothing: label smoothing (Szegedy et al. 2016): the share of the target that all classes have in common.
-        schedule: ``"constant"``, or ``"onecycle"``: the learning rate rises over the first 30 % of the steps and falls
-            to nearly 0 by the last (Smith and Topin 2018, `torch.optim.lr_scheduler.OneCycleLR` as it comes).
-        weight_decay: of AdamW (Loshchilov and Hutter 2019), which without it is Adam.
-        tested: when the network is scored on the test set: after ``"each epoch"``, or ``"at the end"`` alone. On little
-            data the tests take longer than the training.
-    """
-
-    model: str = "mlp"
-    dataset: str = "mnist"
-    fraction: float = 1.0
-    factor: float = 0.0
-    seed: int = 0
-    epochs: float = 3
-    rule: str = "Epsilon(1e-06)"
-    target: str = "predicted"
-    scope: str | tuple[str, ...] = "linear"
-    normalise: str | None = None
-    granularity: str = "sample"
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    precision: str = "float32"
-    monitor: str | None = None
-    window: float = 0.25
-    patience: float = 0.5
-    restore_best: bool = True
-    threads: int = 1
-    every: int = 1
-    control: str | None = None
-    smoothing: float = 0.0
-    schedule: str = "constant"
-    weight_decay: float = 0.0
-    tested: str = "each epoch"
-
-    def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"Run({name}={value!r}): it must be one of {', '.join(map(repr, allowed))}")
-        for name, (kind, least, most) in NUMBERS.items():
-            value = getattr(self, name)
-            a_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not a_number or not least <= value <= most:
-                raise ValueError(f"Run({name}={value!r}): it must be a number from {least} to {most}")
-            if kind(value) != value:
-                raise ValueError(f"Run({name}={value!r}): it must be a whole number")
-            object.__setattr__(self, name, kind(value))
-        if self.fraction == 0:
-            raise ValueError(f"Run(fraction={self.fraction}): it must be above 0")
-        if self.epochs == 0:
-            raise ValueError("Run(epochs=0): it must be above 0")
-        if self.epochs == int(self.epochs):  # written as the whole number that keys have been made of
-            object.__setattr__(self, "epochs", int(self.epochs))
-        if self.smoothing == 1:
-            raise ValueError(f"Run(smoothing={self.smoothing}): it must be below 1")
-        object.__setattr__(self, "rule", str(rules.parse(str(self.rule))))
-        object.__setattr__(self, "restore_best", bool(self.restore_best))
-        if isinstance(self.scope, str) and self.scope not in guidance.SCOPES:
-            known = ", ".join(map(repr, guidance.SCOPES))
-            raise ValueError(f"Run(scope={self.scope!r}): it must be one of {known}, or a list of module paths")
-        if not isinstance(self.scope, str):
-            if not isinstance(self.scope, list | tuple):
-                raise ValueError(f"Run(scope={self.scope!r}): it must be text or a list of module paths")
-            if not all(isinstance(name, str) for name in self.scope):
-                raise ValueError(f"Run(scope={self.scope!r}): it must be text or a list of module paths")
-            object.__setattr__(self, "scope", tuple(self.scope))
-
-    @property
-    def key(self) -> str:
-        """16 hex digits that tell this run from any other, the same on every machine."""
-        values = dict(vars(self))
-        for name, before in SINCE.items():  # so that what was measured before there was the field keeps its key
-            if values[name] == before:
-                del values[name]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -184,8 +40,9 @@ class Result:
 
     Attributes:
         run: what was run.
-        accuracy: on the test set, 0 to 1, each time that ``run.tested`` asks for it. After an early stop the last entry
-            is that of the weights kept; after a divergence the rest is what the network scores that this left.
+        accuracy: on the test set, or on what `run.scored_on` names, 0 to 1, each time that ``run.tested`` asks for it.
+            After an early stop the last entry is that of the weights kept; after a divergence the rest is what the
+            network scores that this left.
         seconds: training alone, without loading, evaluation and early stopping's looks.
         peak_bytes: device memory at most allocated on a GPU; elsewhere the largest resident size of the process.
         stopped_at: the step after which early stopping ended the run, or None.
@@ -305,16 +162,20 @@ class _Loop:
     def __init__(self, run: Run, device: torch.device | str | None) -> None:
         self.run = run
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        held_out = HELD_OUT if run.monitor == "validation" else 0.0
-        self.images = data.load(run.dataset, run.fraction, run.seed, held_out, self.device)
+        self.images = data.load(run.dataset, run.fraction, run.seed, run.held_out, self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(run.seed)
             model = MODELS[run.model](self.images.channels, self.images.classes).to(self.device)
         self.model = model = model.to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay, fused=True
+        self.optimizer: torch.optim.Optimizer = OPTIMIZERS[run.optimizer](
+            model.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay
         )
-        self.batches = -(-len(self.images.train_labels) // run.batch_size)  # in an epoch
+        count = len(self.images.train_labels)
+        self.batches = -(-count // run.batch_size)  # in an epoch
+        self.use = None if run.use is None else uses.Use(run, model, self.device)
+        self.moves = torch.Generator(self.device).manual_seed(run.seed)  # of shifted images
+        self.pool = torch.arange(count if self.use is None else self.use.first(count))  # what is trained on
+        self.weights: Tensor | None = None
         self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         if run.schedule == "onecycle":
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -352,26 +213,46 @@ class _Loop:
         return max(1, round(self.run.epochs * self.batches))
 
     def shuffled(self) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of each epoch, as indices; of the last those that are left where it is not a whole one."""
+        """The batches of each pass, as indices; of the last those that are left where it is not a whole one.
+
+        A use that chooses samples does so when half of the steps are done.
+        """
         order = torch.Generator().manual_seed(self.run.seed)
-        for first in range(0, self.total_steps, self.batches):
-            shuffled = torch.randperm(len(self.images.train_labels), generator=order)
-            batches = shuffled.to(self.device).split(self.run.batch_size)  # at once: a copy a step waits for the GPU
-            yield batches[: self.total_steps - first]
+        halves = [self.total_steps // 2] if self.use is not None and self.use.chooses else []
+        done = 0
+        for end in (*halves, self.total_steps):
+            while done < end:
+                shuffled = self.pool[torch.randperm(len(self.pool), generator=order)]
+                batches = shuffled.to(self.device).split(
+                    self.run.batch_size
+                )  # at once: a copy a step waits for the GPU
+                yield batches[: end - done]
+                done += len(batches[: end - done])
+            if self.use is not None and end in halves:
+                self.choose(self.use)
+
+    def choose(self, use: uses.Use) -> None:
+        """Has the samples chosen that the rest is trained on; what this takes counts as training."""
+        begin = _now(self.device)
+        pool, self.weights = use.choose(self.images.train_images, self.images.train_labels)
+        self.pool = pool.cpu()
+        self.seconds += _now(self.device) - begin
 
     def run_epochs(self) -> None:
-        for epoch, batches in enumerate(self.shuffled(), 1):
+        planned = 0
+        for batches in self.shuffled():
+            planned += len(batches)
             while batches and self.diverged is None and self.stopped_at is None:
                 window = len(batches) if self.stopping is None else self.stopping.window
                 self.train_on(batches[:window])
                 batches = batches[window:]
                 if self.stopping is not None and self.stopping.look(self):
                     self.stopped_at = self.steps
-            last = self.stopped_at is not None or epoch * self.batches >= self.total_steps
+            last = self.stopped_at is not None or planned >= self.total_steps
             if last and self.stopping is not None and self.run.restore_best:
                 self.stopping.restore(self)
             if last or self.run.tested == "each epoch":
-                self.accuracy.append(self.score(self.images.test_images, self.images.test_labels))
+                self.accuracy.append(self.score(*self.scored_on))
             if self.stopped_at is not None:
                 break
         self.guidance.remove()
@@ -385,9 +266,16 @@ class _Loop:
             self.optimizer.zero_grad()
             if self.run.target == "label":
                 self.guidance.labels = y
+            if self.run.shifts:
+                x = uses.shifted(x, self.run.shifts, self.moves)
             with self._precision():
-                loss = F.cross_entropy(self.model(x), y, label_smoothing=self.run.smoothing)
+                if self.use is None:
+                    loss = F.cross_entropy(self.model(x), y, label_smoothing=self.run.smoothing)
+                else:
+                    loss = self.use.loss(x, y, None if self.weights is None else self.weights[index])
             loss.backward()
+            if self.use is not None:
+                self.use.gradients(x, y)
             self.optimizer.step()
             if self.schedule is not None:
                 self.schedule.step()
@@ -398,6 +286,13 @@ class _Loop:
         for name, weights in self.model.named_parameters():
             if self.lost is None and not weights.isfinite().all():
                 self.lost = {"step": self.steps, "layer": name.rpartition(".")[0]}
+
+    @property
+    def scored_on(self) -> tuple[Tensor, Tensor]:
+        """Images and labels that accuracy is measured on."""
+        if self.run.scored_on == "validation":
+            return self.images.validation_images, self.images.validation_labels
+        return self.images.test_images, self.images.test_labels
 
     @torch.no_grad()
     def score(self, x: Tensor, y: Tensor) -> float:
