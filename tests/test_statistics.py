@@ -639,3 +639,10 @@ def test_paired_leaves_the_runs_with_a_partner():
     )
     assert list(paired(frame).index) == [0, 1, 4, 5]
     assert paired(frame.iloc[:0]).empty
+
+
+def test_a_baseline_may_be_named_by_a_text_that_is_none():
+    rows = arms([0.5, 0.6], [0.7, 0.8], factor=0.0, use="features")
+    row = only(compare(study(*[{"use": None, **row} for row in rows]), {"use": None}))
+    assert row["n"] == 2
+    assert row["difference"] == pytest.approx(0.2)

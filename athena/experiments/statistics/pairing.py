@@ -85,8 +85,12 @@ def cells(
     fields = [column for column in run_fields(frame) if column != value]
     _check_columns(frame, fields, baseline, value, over)
     same = [column for column in same if column in frame]
-    table = frame[[*fields, "fingerprint", *same]].apply(lambda column: column.map(_hashable).astype(object))
-    table[VALUE] = frame[value].astype(float)
+    # of dtype object: a column of texts, some of which are None, would hold NaN for these
+    columns = {
+        name: pd.Series([*map(_hashable, frame[name])], dtype=object) for name in [*fields, "fingerprint", *same]
+    }
+    table = pd.DataFrame(columns)
+    table[VALUE] = frame[value].to_numpy(dtype=float)
     _check_fingerprints(table)
 
     varying = {column for column in table if table[column].nunique(dropna=False) > 1} | {PAIRING}

@@ -1,0 +1,283 @@
+"""What is asked of the uses of an explanation: the search, the confirmation, and the comparison of chapters 4 and 5.
+
+The plans are in ``studies/search.toml``, ``studies/confirm.toml`` and ``studies/uses.toml``. Not here: the uses
+themselves (`uses`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from athena.experiments import statistics
+from athena.experiments.run import Run
+from athena.experiments.study import plain
+
+__all__ = ["COMPARED", "FAMILIES", "Compared", "chosen", "compared", "contrast", "found", "named", "of_arm"]
+
+FAMILIES: dict[str, str] = {
+    "features": "features weighted",
+    "dropout": "dropout",
+    "excitation dropout": "dropout",
+    "hiding": "hiding pixels",
+    "agreement": "maps that agree",
+    "gradient times relevance": "gradients of weights",
+    "gradient times |weight|": "gradients of weights",
+    "sampling": "choosing samples",
+    "weighting": "weighting samples",
+    "retraining": "retraining on mistakes",
+}
+"""The family of each use; a run that scales gradients is of "scaling gradients", a plain one of "baselines"."""
+WITHOUT_RELEVANCE = ("dropout", "gradient times |weight|")
+"""Uses that need no explanation."""
+SCORES_WITHOUT_RELEVANCE = ("low confidence", "EL2N", "loss", "random", "equal")
+
+
+def of_arm(frame: pd.DataFrame, arm: Mapping[str, Any]) -> pd.DataFrame:
+    """The runs of `frame` whose fields are those of `arm`; fields of the arm's use or guidance not named are default.
+
+    Args:
+        frame: as `athena.results` returns it.
+        arm: values of fields of `Run`.
+    """
+    base = plain(Run())
+    wanted = {name: getattr(base, name) for name in ("factor", "use", "control", "score", "smoothing", "epochs")}
+    chosen = np.ones(len(frame), dtype=bool)
+    for name, value in (wanted | dict(arm)).items():
+        chosen &= (frame[name].isna() if value is None else frame[name] == value).to_numpy(dtype=bool)
+    return frame[chosen]
+
+
+def contrast(treated: pd.DataFrame, baseline: pd.DataFrame, over: str | None = None) -> pd.DataFrame:
+    """One row of `statistics.compare`: runs of one arm minus those of another, paired by seed.
+
+    Args:
+        treated, baseline: runs of one arm each, which may differ in any field of `Run`.
+        over: the column averaged out, as for `statistics.compare`.
+
+    Raises:
+        ValueError: the arms do not differ, or hold runs of several settings.
+    """
+    fields = [name for name in statistics.run_fields(baseline) if name not in ("seed", over, "accuracy")]
+    values = {name: (_only(treated, name), _only(baseline, name)) for name in fields}
+    differing = {name: ours for name, (theirs, ours) in values.items() if theirs != ours}
+    if not differing:
+        raise ValueError(f"both arms are the same: {values}")
+    table = statistics.compare(pd.concat([treated, baseline]), differing, over=over)
+    return table[["n", *table.columns[list(table.columns).index("baseline_mean") :]]]
+
+
+def _only(frame: pd.DataFrame, name: str) -> Any:
+    values = {None if isinstance(value, float) and np.isnan(value) else value for value in frame[name]}
+    if len(values) != 1:
+        raise ValueError(f"an arm has one {name}, here are {sorted(map(str, values))}")
+    return values.pop()
+
+
+def named(run: Mapping[str, Any] | pd.Series) -> str:
+    """What a run does with an explanation, in a few words."""
+    use, control, score = (None if pd.isna(run[name]) else run[name] for name in ("use", "control", "score"))
+    start = "R of the true class" if run["target"] == "label" else "R of the predicted class"
+    signal = {None: start, "shuffled": f"{start}, shuffled", "gradient_activation": "gradient × activation"}.get(
+        control, str(control)
+    )
+    if use is None and not run["factor"]:
+        smoothing = f"smoothing {run['smoothing']:g}" if run["smoothing"] else "no smoothing"
+        moved = f"moved by {run['shifts']} pixel" if run["shifts"] else ""
+        rate = f"rate {run['learning_rate']:g}" if run["learning_rate"] not in (1e-3, 2e-3) else ""
+        epochs = f"{run['epochs']:g} epochs" if run["epochs"] != 3 else ""
+        parts = filter(None, (smoothing, moved, rate, epochs))
+        return ", ".join(parts)
+    if use is None:
+        by = ", by neuron" if run["granularity"] == "neuron" else ""
+        return f"{signal}, factor {run['factor']:g}{by}"
+    if score is not None:
+        return f"{score}{', shuffled' * (control == 'shuffled')}, {run['strength']:g}"
+    if use == "hiding":
+        return f"{'any pixels' if control == 'noise' else 'the most relevant'}, {100 * run['strength']:g} %"
+    if use == "gradient times relevance":
+        return f"times relevance{', shuffled' * (control == 'shuffled')}"
+    if use in ("gradient times |weight|", "dropout"):
+        return {"dropout": f"ordinary, {run['strength']:g}"}.get(use, "times the weight's magnitude")
+    if use == "agreement":
+        return f"penalty {run['strength']:g}"
+    return f"{signal}, {run['strength']:g}"
+
+
+def family_of(run: Mapping[str, Any] | pd.Series) -> str:
+    """The family of the search that a run belongs to."""
+    if pd.isna(run["use"]):
+        return "scaling gradients" if run["factor"] else "baselines"
+    return FAMILIES[run["use"]]
+
+
+def needs_relevance(run: Mapping[str, Any] | pd.Series) -> bool:
+    """Whether a run is a use of relevance, and neither a control nor a baseline."""
+    if not pd.isna(run["control"]) or (pd.isna(run["use"]) and not run["factor"]):
+        return False
+    return run["use"] not in WITHOUT_RELEVANCE and run["score"] not in SCORES_WITHOUT_RELEVANCE
+
+
+def found(frame: pd.DataFrame) -> pd.DataFrame:
+    """What the search found, one row a setting, the best first.
+
+    Args:
+        frame: ``athena.results("search")``.
+
+    Returns:
+        `family`, `setting`, `relevance` (whether it is a use of relevance), `n`, `mean` (held-out accuracy) and
+        `seconds` (median of training); `difference`, `low` and `high` to the baseline of the same smoothing, steps and
+        rate, paired by seed, with Student's interval. Exploratory: nothing is corrected.
+    """
+    fields = [name for name in statistics.run_fields(frame) if name not in ("seed", "accuracy")]
+    base = of_arm(frame, {"smoothing": 0.1})
+    base = base[(base["shifts"] == 0) & (base["learning_rate"] == 2e-3)]
+    rows = []
+    settings = pd.Series([str(values) for values in frame[fields].itertuples(index=False)], frame.index)
+    for _, runs in frame.groupby(settings, sort=False):
+        first = runs.iloc[0]
+        row = {
+            **{"family": family_of(first), "setting": named(first), "relevance": needs_relevance(first)},
+            **{"n": len(runs), "mean": runs["accuracy"].mean(), "seconds": runs["seconds"].median()},
+        }
+        if set(runs["key"]) != set(base["key"]):
+            row |= contrast(runs, base)[["difference", "low", "high"]].iloc[0].to_dict()
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("mean", ascending=False, ignore_index=True)
+
+
+def chosen(table: pd.DataFrame) -> pd.DataFrame:
+    """What the plan of the search chooses: the best use of relevance, and the second if it is of another family.
+
+    Args:
+        table: as `found` gives it.
+    """
+    uses = table[table["relevance"]]
+    return uses.head(2).drop_duplicates("family")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One use in the comparison of chapter 4.
+
+    Attributes:
+        name: in a table.
+        section: of the thesis, or the paper.
+        arm, control: fields of its runs and of those of its control; without one it stands in for nothing.
+        against: the control in words.
+    """
+
+    name: str
+    section: str
+    arm: Mapping[str, Any]
+    against: str = ""
+    control: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _half(use: str, score: str, **more: Any) -> dict[str, Any]:
+    return {"use": use, "score": score, "strength": 0.5, **more}
+
+
+SCALED = {"factor": -0.5, "target": "label"}
+FEATURES = {"use": "features", "target": "label"}
+DROPPED = {"use": "excitation dropout", "strength": 0.5}
+ORDINARY = {"use": "dropout", "strength": 0.5}
+HIDDEN = {"use": "hiding", "strength": 0.1}
+OPTIMISER = {"use": "gradient times relevance"}
+CHANCE = ("samples by chance", _half("sampling", "random"))
+COMPARED: tuple[Compared, ...] = (
+    Compared("sampling: largest relevance", "4.1", _half("sampling", "largest relevance"), *CHANCE),
+    Compared("sampling: total relevance", "4.1", _half("sampling", "total relevance"), *CHANCE),
+    Compared("sampling: low confidence", "", _half("sampling", "low confidence"), *CHANCE),
+    Compared("sampling: EL2N", "", _half("sampling", "EL2N"), *CHANCE),
+    Compared(
+        "weighting: masked difference",
+        "5.1",
+        _half("weighting", "masked difference"),
+        "its weights shuffled",
+        _half("weighting", "masked difference", control="shuffled"),
+    ),
+    Compared(
+        "weighting: local difference",
+        "5.1",
+        _half("weighting", "local difference"),
+        "its weights shuffled",
+        _half("weighting", "local difference", control="shuffled"),
+    ),
+    Compared("weighting: loss", "", _half("weighting", "loss")),
+    Compared(
+        "retraining: masked difference",
+        "5.1",
+        _half("retraining", "masked difference"),
+        "equal weights",
+        _half("retraining", "equal"),
+    ),
+    Compared(
+        "retraining: local difference",
+        "5.1",
+        _half("retraining", "local difference"),
+        "equal weights",
+        _half("retraining", "equal"),
+    ),
+    Compared("features × (1 + R)", "", FEATURES, "R shuffled", FEATURES | {"control": "shuffled"}),
+    Compared("dropout of what is relevant", "", DROPPED | {"target": "predicted"}, "ordinary dropout", ORDINARY),
+    Compared("the same, true class", "", DROPPED | {"target": "label"}, "ordinary dropout", ORDINARY),
+    Compared("hiding what is relevant", "", HIDDEN, "hiding any pixels", HIDDEN | {"control": "noise"}),
+    Compared("gradient × relevance", "5.2", OPTIMISER, "R shuffled", OPTIMISER | {"control": "shuffled"}),
+    Compared("gradient × |weight|", "5.2", {"use": "gradient times |weight|"}),
+    Compared(
+        "scaling gradients, factor -0.5",
+        "6.1",
+        SCALED,
+        "gradient × activation",
+        {"factor": 0.5, "control": "gradient_activation"},
+    ),
+    Compared("scaling gradients, factor 1", "6.1", SCALED | {"factor": 1.0}),
+    Compared("label smoothing", "", {"smoothing": 0.1}),
+)
+"""The uses compared in ``studies/uses.toml``, each with its control."""
+
+
+def compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """The comparison of uses by the plan of ``studies/uses.toml``.
+
+    Args:
+        frame: ``athena.results("uses")``.
+
+    Returns:
+        One row for each of `COMPARED`, with the columns `use` and `section`; `time`, median training seconds over those
+        of plain training, the mean over the shares; `epochs` of the plain training of at least the same time;
+        `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with the ending ``_control``
+        against the control `against`; and `helps`, by the rule of the plan.
+    """
+    shares = frame["fraction"].nunique()
+    longer = {epochs: of_arm(frame, {"epochs": epochs}) for epochs in (3.0, 3.75, 4.5, 6.0)}
+    times = {epochs: _seconds(runs) / _seconds(longer[3.0]) for epochs, runs in longer.items()}
+    rows, first, second = [], [], []
+    for use in COMPARED:
+        runs = of_arm(frame, use.arm)
+        time = _seconds(runs) / _seconds(longer[3.0])
+        epochs = next((epochs for epochs in longer if times[epochs] >= time), 6.0)
+        first.append(contrast(runs, longer[epochs], over="fraction" if shares > 1 else None))
+        if use.control:
+            second.append(contrast(runs, of_arm(frame, use.control), over="fraction" if shares > 1 else None))
+        rows.append({"use": use.name, "section": use.section, "time": time, "epochs": epochs, "against": use.against})
+    own, controls = iter(statistics.family(*first)), iter(statistics.family(*second))
+    for row, use in zip(rows, COMPARED, strict=True):
+        row |= _measured(next(own))
+        if use.control:
+            row |= {f"{name}_control": value for name, value in _measured(next(controls)).items()}
+        row["helps"] = row["verdict"] == "gain" and row.get("verdict_control", "gain") == "gain"
+    return pd.DataFrame(rows)
+
+
+def _seconds(runs: pd.DataFrame) -> float:
+    return float(runs.groupby("fraction")["seconds"].median().mean())
+
+
+def _measured(table: pd.DataFrame) -> dict[str, Any]:
+    row = table.iloc[0]
+    wanted = {name: row[name] for name in ("n", "difference", "low", "high", "p_holm", "p_least", "detectable")}
+    return wanted | {"verdict": statistics.verdict(row)}

@@ -1,0 +1,94 @@
+"""Claims about the comparison of uses and the search, on studies as if they had been run."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+from sweeps import line_of
+
+from athena import experiments
+from athena.experiments import beyond
+from athena.experiments.store import frame as as_frame
+from athena.training import Run
+
+
+def study(name: str, gain: Callable[[Run], float], seconds: Callable[[Run], float] = lambda run: 1.0) -> pd.DataFrame:
+    """A study as if run: accuracy by seed and share, and what each run gains, in points."""
+    runs = experiments.Study.read(experiments.root() / "studies" / f"{name}.toml").runs
+    rng = np.random.default_rng(0)
+    of_seed = {seed: rng.normal(0.8, 0.02) for seed in sorted({run.seed for run in runs})}
+    lines = []
+    for run in runs:
+        accuracy = of_seed[run.seed] + run.fraction + gain(run) / 100 + rng.normal(0, 0.0005)
+        lines.append(line_of(run, "0" * 16, accuracy) | {"seconds": run.epochs * seconds(run)})
+    return as_frame(lines)
+
+
+def test_every_arm_of_the_comparison_is_in_its_study_and_every_run_in_an_arm() -> None:
+    frame = study("uses", lambda run: 0.0)
+    keys = set(frame["key"])
+    for use in beyond.COMPARED:
+        assert len(beyond.of_arm(frame, use.arm)) == 20, use.name
+        keys -= set(beyond.of_arm(frame, use.arm)["key"])
+        if use.control:
+            assert len(beyond.of_arm(frame, use.control)) == 20, use.name
+            keys -= set(beyond.of_arm(frame, use.control)["key"])
+    left = frame[frame["key"].isin(keys)]
+    assert set(left["use"].dropna()) <= {"features"}  # the predicted class and gradient times activation beside it
+    assert set(left.loc[left["use"].isna(), "factor"]) == {0.0}
+
+
+def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:
+    def gain(run: Run) -> float:
+        if run.use == "features":
+            return 1.0 if run.control is None else 0.2
+        if run.use == "excitation dropout":
+            return 1.0
+        if run.use == "dropout":
+            return 1.0
+        return -1.0 if run.use == "weighting" else 0.0
+
+    table = beyond.compared(study("uses", gain)).set_index("use")
+    assert table.loc["features × (1 + R)", "helps"]
+    assert table.loc["features × (1 + R)", "difference"] == pytest.approx(0.01, abs=5e-4)
+    assert table.loc["dropout of what is relevant", "verdict"] == "gain"
+    assert table.loc["dropout of what is relevant", "verdict_control"] == "no effect shown"
+    assert not table.loc["dropout of what is relevant", "helps"]
+    assert table.loc["weighting: loss", "verdict"] == "loss"
+    assert (table["n"] == 10).all()
+
+
+def test_a_use_is_held_against_plain_training_of_at_least_its_time() -> None:
+    table = beyond.compared(study("uses", lambda run: 0.0, lambda run: 1.3 if run.use == "features" else 1.0))
+    table = table.set_index("use")
+    assert table.loc["features × (1 + R)", "time"] == pytest.approx(1.3)
+    assert table.loc["features × (1 + R)", "epochs"] == 4.5
+    assert table.loc["gradient × |weight|", "epochs"] == 3
+
+
+def test_the_search_ranks_settings_and_chooses_uses_of_relevance_alone() -> None:
+    def gain(run: Run) -> float:
+        if run.use == "dropout":
+            return 5.0
+        if run.use == "hiding" and run.control is None:
+            return 1.0 + 10 * run.strength
+        return 0.5 if run.use == "features" and run.control is None else 0.0
+
+    table = beyond.found(study("search", gain))
+    assert table["family"].iloc[0] == "dropout" and not table["relevance"].iloc[0]
+    assert set(table["n"]) == {4}
+    assert not table["setting"].isna().any()
+    assert not table.duplicated(["family", "setting"]).any()
+    chosen = beyond.chosen(table)
+    assert chosen["setting"].tolist() == ["the most relevant, 20 %"]  # the second is of the same family
+    assert chosen["difference"].iloc[0] == pytest.approx(0.03, abs=1e-3)
+
+
+def test_arms_that_are_one_arm_or_several_are_refused() -> None:
+    frame = study("uses", lambda run: 0.0)
+    plain = beyond.of_arm(frame, {})
+    with pytest.raises(ValueError, match="both arms are the same"):
+        beyond.contrast(plain, plain, over="fraction")
+    with pytest.raises(ValueError, match="an arm has one"):
+        beyond.contrast(frame[frame["use"] == "features"], plain, over="fraction")
