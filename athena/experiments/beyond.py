@@ -138,12 +138,13 @@ def found(frame: pd.DataFrame) -> pd.DataFrame:
     settings = pd.Series([str(values) for values in frame[fields].itertuples(index=False)], frame.index)
     for _, runs in frame.groupby(settings, sort=False):
         first = runs.iloc[0]
-        row = {
+        row: dict[str, Any] = {
             **{"family": family_of(first), "setting": named(first), "relevance": needs_relevance(first)},
             **{"n": len(runs), "mean": runs["accuracy"].mean(), "seconds": runs["seconds"].median()},
         }
         if set(runs["key"]) != set(base["key"]):
-            row |= contrast(runs, base)[["difference", "low", "high"]].iloc[0].to_dict()
+            measured = contrast(runs, base).iloc[0]
+            row |= {name: measured[name] for name in ("difference", "low", "high")}
         rows.append(row)
     return pd.DataFrame(rows).sort_values("mean", ascending=False, ignore_index=True)
 
