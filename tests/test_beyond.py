@@ -92,3 +92,14 @@ def test_arms_that_are_one_arm_or_several_are_refused() -> None:
         beyond.contrast(plain, plain, over="fraction")
     with pytest.raises(ValueError, match="an arm has one"):
         beyond.contrast(frame[frame["use"] == "features"], plain, over="fraction")
+
+
+def test_of_the_tuning_each_optimiser_has_its_best_rate() -> None:
+    def gain(run: Run) -> float:
+        return 5.0 if run.learning_rate in (1e-3, 0.3) else 0.0
+
+    table = beyond.optimisers(study("optimisers-tuning", gain)).set_index("arm")
+    assert table["learning_rate"]["Adam"] == 1e-3 and table["learning_rate"]["SGD"] == 0.3
+    assert table["difference"]["SGD"] == pytest.approx(0, abs=2e-3)
+    assert table["difference"]["AdaGrad"] == pytest.approx(-0.05, abs=2e-3)
+    assert len(table) == 8 and "SGD × relevance shuffled" in table.index

@@ -15,7 +15,9 @@ from athena.experiments import statistics
 from athena.experiments.run import Run
 from athena.experiments.study import plain
 
-__all__ = ["COMPARED", "FAMILIES", "Compared", "chosen", "compared", "contrast", "found", "named", "of_arm"]
+__all__ = [
+    *("COMPARED", "FAMILIES", "Compared", "chosen", "compared", "contrast", "found", "named", "of_arm", "optimisers"),
+]
 
 FAMILIES: dict[str, str] = {
     "features": "features weighted",
@@ -272,6 +274,46 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
             row |= {f"{name}_control": value for name, value in _measured(next(controls)).items()}
         row["helps"] = row["verdict"] == "gain" and row.get("verdict_control", "gain") == "gain"
     return pd.DataFrame(rows)
+
+
+def optimisers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Optimisers, and relevance in them (thesis 5.2), one row an arm.
+
+    Args:
+        frame: ``athena.results("optimisers")``, or that of their tuning, of which each arm's best rate is taken.
+
+    Returns:
+        `arm`, `learning_rate`; `mean`, `low` and `high` of its accuracy, with Student's interval over the seeds;
+        `time`, the median of its training seconds over Adam's; and `difference`, `from` and `to`, less Adam, paired by
+        seed, with Student's interval, and `p_holm` of it over the arms.
+    """
+    arms: dict[str, pd.DataFrame] = {}
+    for (optimizer, use, control), runs in frame.fillna({"use": "", "control": ""}).groupby(
+        ["optimizer", "use", "control"], sort=False
+    ):
+        best = runs.groupby("learning_rate")["accuracy"].mean().idxmax()
+        name = " ".join(part for part in (OPTIMISERS[str(optimizer)], USED[str(use)], str(control)) if part)
+        arms[name] = frame.loc[runs.index[runs["learning_rate"] == best]]
+    adam = arms["Adam"]
+    rows, tables = [], []
+    for name, runs in arms.items():
+        mean, low, high = statistics.summary(runs["accuracy"].to_numpy())
+        time = runs["seconds"].median() / adam["seconds"].median()
+        rows.append(
+            {"arm": name, "learning_rate": runs["learning_rate"].iloc[0], "mean": mean, "low": low, "high": high}
+            | {"time": time, "difference": 0.0, "from": 0.0, "to": 0.0, "p_holm": 1.0}
+        )
+        if name != "Adam":
+            tables.append(contrast(runs, adam))
+    others = [row for row in rows if row["arm"] != "Adam"]
+    for row, table in zip(others, statistics.family(*tables), strict=True):
+        found = table.iloc[0]
+        row |= {"difference": found["difference"], "from": found["low"], "to": found["high"], "p_holm": found["p_holm"]}
+    return pd.DataFrame(rows)
+
+
+OPTIMISERS = {"adam": "Adam", "sgd": "SGD", "adagrad": "AdaGrad", "adadelta": "Adadelta"}
+USED = {"": "", "gradient times relevance": "× relevance", "gradient times |weight|": "× |weight|"}
 
 
 def _seconds(runs: pd.DataFrame) -> float:
