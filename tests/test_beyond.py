@@ -103,3 +103,16 @@ def test_of_the_tuning_each_optimiser_has_its_best_rate() -> None:
     assert table["difference"]["SGD"] == pytest.approx(0, abs=2e-3)
     assert table["difference"]["AdaGrad"] == pytest.approx(-0.05, abs=2e-3)
     assert len(table) == 8 and "SGD × relevance shuffled" in table.index
+
+
+def test_the_confirmation_judges_three_contrasts_and_corrects_them_together() -> None:
+    def gain(run: Run) -> float:
+        return 0.5 if run.factor == -0.25 and run.control is None else 0.2 * (run.epochs > 3)
+
+    frame = study("confirm", gain)
+    assert sum(len(beyond.of_arm(frame, arm)) for arm in beyond.CONFIRMED_ARMS.values()) == len(frame) == 300
+    table = beyond.confirmed(frame)
+    assert table["verdict"].tolist() == ["gain"] * 3 + [""] * 3
+    assert (100 * table["difference"]).round(1).tolist() == [0.3, 0.5, 0.5, 0.5, 0.2, -0.2]
+    assert (table["n"] == 30).all()
+    assert (table["p_holm"][:3] >= table["p"][:3]).all()

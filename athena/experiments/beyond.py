@@ -16,7 +16,8 @@ from athena.experiments.run import Run
 from athena.experiments.study import plain
 
 __all__ = [
-    *("COMPARED", "FAMILIES", "Compared", "chosen", "compared", "contrast", "found", "named", "of_arm", "optimisers"),
+    *("COMPARED", "CONFIRMED", "FAMILIES", "Compared", "chosen", "compared", "confirmed", "contrast", "found", "named"),
+    *("of_arm", "optimisers"),
 ]
 
 FAMILIES: dict[str, str] = {
@@ -159,6 +160,47 @@ def chosen(table: pd.DataFrame) -> pd.DataFrame:
     """
     uses = table[table["relevance"]]
     return uses.head(2).drop_duplicates("family")
+
+
+SMOOTHED = {"smoothing": 0.1}
+CONFIRMED_ARMS: dict[str, Mapping[str, Any]] = {
+    "a": SMOOTHED,
+    "b": SMOOTHED | {"epochs": 3.5},
+    "c": SMOOTHED | {"factor": -0.25},
+    "d": SMOOTHED | {"factor": -0.25, "control": "shuffled"},
+    "e": SMOOTHED | {"factor": 0.25, "control": "gradient_activation"},
+}
+"""The arms of ``studies/confirm.toml``, by the letters of its plan."""
+CONFIRMED: dict[str, tuple[str, str, bool]] = {
+    "damping by relevance less the baseline of the same time": ("c", "b", True),
+    "damping by relevance less its shuffle": ("c", "d", True),
+    "damping by relevance less gradient × activation": ("c", "e", True),
+    "damping by relevance less the baseline of the same steps": ("c", "a", False),
+    "the baseline of the same time less that of the same steps": ("b", "a", False),
+    "gradient × activation less the baseline of the same time": ("e", "b", False),
+}
+"""Its contrasts: two arms, and whether the plan judges them."""
+
+
+def confirmed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The contrasts of the confirmation, those that are judged corrected together.
+
+    Args:
+        frame: ``athena.results("confirm")``.
+
+    Returns:
+        One row a contrast: `compared`, `judged`, the columns of `statistics.compare`, and `verdict`, empty where the
+        plan asks for none.
+    """
+    arms = {letter: of_arm(frame, fields) for letter, fields in CONFIRMED_ARMS.items()}
+    found = {name: contrast(arms[ours], arms[theirs], over="fraction") for name, (ours, theirs, _) in CONFIRMED.items()}
+    judged = [name for name, (_, _, is_judged) in CONFIRMED.items() if is_judged]
+    found |= dict(zip(judged, statistics.family(*(found[name] for name in judged)), strict=True))
+    table = pd.concat(found.values(), ignore_index=True)
+    table.insert(0, "compared", list(found))
+    table.insert(1, "judged", [name in judged for name in found])
+    verdicts = [statistics.verdict(row) if row["judged"] else "" for _, row in table.iterrows()]
+    return table.assign(verdict=verdicts)
 
 
 @dataclass(frozen=True)
