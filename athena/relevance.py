@@ -7,7 +7,7 @@ relevance (`athena.guidance`).
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +26,7 @@ from athena.propagation.outputs import ModuleOutputs
 from athena.propagation.parameters import ParameterRelevance, asking_for_gradients
 from athena.propagation.paths import Paths
 from athena.propagation.target import Target, starts_down
+from athena.propagation.through import Channels, Through
 from athena.propagation.trace import Trace
 from athena.propagation.walk import NotesNeeded, Refusal, Walk, within_backward
 from athena.rules import Epsilon, RuleChoice, RuleFor
@@ -138,6 +139,7 @@ def lrp(
     *,
     at: str | None = None,
     layers: Sequence[str] | None = None,
+    through: Mapping[str, Channels] | None = None,
     unknown: str = "refuse",
     differentiable: bool = False,
 ) -> Relevance:
@@ -168,6 +170,13 @@ def lrp(
         at: the path of a module whose output is explained in the place of `x`, which may then hold anything, such as
             the numbers of tokens: ``at="model.embed_tokens"``. Several outputs, or calls, give a tuple.
         layers: the paths of modules, of any kind; the `Relevance` then has these under `layers`.
+        through: lets relevance pass only some channels of a module's output, by its path, such as
+            ``{"features.10": [3, 17]}``: there it is set to 0 on all others (concept-conditional relevance, Achtibat
+            et al. 2023, doi 10.1038/s42256-023-00711-8). Channels are numbers or a mask (channels,) of bool along
+            dimension 1 of the output; a mask of as many dimensions as the output, which broadcasts to it, chooses
+            anything else: (1, 1, width) neurons of tokens, (batch, channels, 1, 1) other channels for each sample. What
+            goes around the module is not cut. `Relevance.conservation` has a row ``features.10 (through)``, whose
+            ``bias`` is what was cut away.
         unknown: what becomes of relevance at an operation that no rule fits: ``"refuse"``, or ``"gradient"`` to pass it
             as the gradient does. `Relevance.conservation` then has what was lost there, as ``bias``. An operation that
             is homogeneous of degree k in what carries relevance needs no rule: it passes the gradient over k.
@@ -187,7 +196,7 @@ def lrp(
     asked = None if layers is None else {path: module_at(model, path, "layers") for path in layers}
     choice, device = RuleChoice(rule), given.device
     drawn = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    explain = functools.partial(_explain, model, given, target, choice, asked, unknown)
+    explain = functools.partial(_explain, model, given, target, choice, asked, through, unknown)
     again = functools.partial(_again, explain, device, drawn, traced=True)
     missed: NotesNeeded | None = None
     try:
@@ -245,6 +254,7 @@ def _explain(
     target: Target,
     rules: RuleChoice,
     asked: dict[str, nn.Module] | None,
+    through: Mapping[str, Channels] | None,
     unknown: str,
     noted: bool = False,
     traced: bool = False,
@@ -256,7 +266,7 @@ def _explain(
     """One forward pass of the model and one walk down to what it was given.
 
     Args:
-        model, given, target, rules, unknown: as for `lrp`.
+        model, given, target, rules, through, unknown: as for `lrp`.
         asked: the modules whose output is asked for, or None.
         noted: whether to note down, during the forward pass, what its graph does not tell.
         traced: whether to keep an account.
@@ -281,17 +291,20 @@ def _explain(
         notes = Trace(paths.modules, *settings) if traced else Notes(*settings)
         notes.differentiable = differentiable
         outputs = None if asked is None else ModuleOutputs(asked, notes.zeros)
+        passage = None if through is None else Through(model, through, traced)
+        lets_through = nullcontext() if passage is None else passage.watching()
         if isinstance(notes, Trace):
             asks = nullcontext() if outputs is None else outputs.watching()
-            with notes.watching(), asks, recording(notes, copies=True), notes:
+            with notes.watching(), asks, lets_through, recording(notes, copies=True), notes:
                 output = given.call(model, differentiable)
         elif noted := noted or paths.has_frozen_parameters:
-            with recording(notes) if operations else nullcontext(), notes:
+            with lets_through, recording(notes) if operations else nullcontext(), notes:
                 output = given.call(model, differentiable)
         else:
-            output = given.call(model, differentiable)
+            with lets_through:
+                output = given.call(model, differentiable)
         account = Account(notes, weights, outputs) if isinstance(notes, Trace) else None
-        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced, unknown=unknown)
+        walk = Walk(notes, paths, rules, account=account, is_complete=noted or traced, unknown=unknown, through=passage)
         places = [source.view_as(source).grad_fn.next_functions[0][0] for source in sources]  # type: ignore[union-attr]
         if differentiable and notes.packs:
             raise ValueError("differentiable=True: a part of the model is checkpointed; call it without the checkpoint")
@@ -310,6 +323,8 @@ def _explain(
             f"no relevance reached {where} of {type(model).__name__}: its output does not depend on it through "
             "operations that autograd records (a part that detaches, or is compiled or scripted?)"
         )
+    if passage is not None:
+        passage.require_all_reached()
     with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
         inputs = tuple(
             torch.zeros_like(tensor)

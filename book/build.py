@@ -75,8 +75,13 @@ def execute_all(parameters: dict[str, dict[str, Any]]) -> None:
     chapters = [(chapter, parameters.get(chapter.stem) or {}) for chapter in sorted(BOOK.glob("*.ipynb"))]
     print(f"{len(chapters)} chapters, {workers} at a time ...", flush=True)
     with multiprocessing.Pool(workers) as pool:
-        for said in pool.imap_unordered(execute, chapters):
-            print(said, flush=True)
+        try:
+            for said in pool.imap_unordered(execute, chapters):
+                print(said, flush=True)
+        except papermill.PapermillExecutionError as error:
+            if error.ename != "ParameterError":
+                raise
+            sys.exit(" ".join(["book/quick.yml:", f"{error.evalue}.", *error.__notes__]))
 
 
 def main() -> None:

@@ -185,6 +185,32 @@ def test_a_constant_factor_gets_nothing() -> None:
     close(athena.lrp(model, x, target=lambda _: relevance, rule=Zero()).input, relevance)
 
 
+@every_rule
+def test_a_layer_written_as_a_product_of_elements_and_a_sum_is_explained_by_lrp0_and_not_guided(rule: str) -> None:
+    """Whatever the rule: its factors of parameters are constants, and relevance is shared by ``x_i w_ij``."""
+
+    class WrittenOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(images(5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x[:, :, None] * self.weight).sum(1)
+
+    x, layer = images(3, 5), WrittenOut()
+    relevance = images(3, 4)
+    explained = athena.lrp(layer, x, target=lambda _: relevance, rule=RULES[rule][0])
+    z = x @ layer.weight.detach()
+    close(explained.input, x * (relevance / z @ layer.weight.detach().T))
+    assert explained.layers == {}
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(4, 2).double())
+    with (
+        athena.Guidance(model, factor=0.1, scope="all"),
+        pytest.raises(athena.UnsupportedLayer, match="guides no layer"),
+    ):
+        model(x)
+
+
 BY_COLUMNS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "a @ W": lambda a, weight, bias: a @ weight,
     "matmul": lambda a, weight, bias: torch.matmul(a, other=weight),
@@ -375,6 +401,23 @@ def test_what_is_brought_to_unit_length_keeps_its_relevance() -> None:
     for how in ({}, {"p": 1.0, "dim": 0}, {"dim": -1, "eps": 2.0}):
         relevance, (down,) = shared(functools.partial(F.normalize, **how), x)
         close(down, relevance * (x != 0))
+
+
+def test_a_cosine_is_shared_by_its_summands_and_halved_where_both_sides_depend_on_the_input() -> None:
+    """``cos(a, b) = sum_i a_i b_i / (|a| |b|)``: the lengths are divisors and get nothing."""
+    a, b = images(3, 4, 5), images(3, 4, 5)
+
+    def by_summands(relevance: Tensor, dim: int) -> Tensor:
+        products = a * b
+        return products / products.sum(dim, keepdim=True) * relevance.unsqueeze(dim)
+
+    for dim in (1, 2):
+        cosine = functools.partial(F.cosine_similarity, dim=dim)
+        relevance, (down,) = shared(lambda x, f=cosine: f(x, b), a)
+        close(down, by_summands(relevance, dim))
+        relevance, parts = shared(cosine, a, b)
+        for part in parts:
+            close(part, by_summands(relevance, dim) / 2)
 
 
 @pytest.mark.parametrize("dim", [-1, 1])

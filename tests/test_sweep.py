@@ -3,10 +3,13 @@
 import json
 import random
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sweeps import SEEDS, TINY, Trainer, line_of, swept, until
@@ -208,6 +211,28 @@ def test_a_missing_data_set_is_told_before_anything_is_run(
     with pytest.raises(data.DataError):
         swept([*SEEDS, Run(dataset="mnist")], store)
     assert trainer.asked == [] and store.lines() == []
+
+
+def test_workers_go_on_with_the_next_runs_while_a_result_is_being_stored(
+    store: Store, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("athena.experiments.backends.processes", ThreadPoolExecutor)
+    waited = []
+    opened = Store.open
+
+    @contextmanager
+    def slowly(self: Store) -> Iterator[Callable[[dict[str, Any]], None]]:
+        with opened(self) as append:
+
+            def append_slowly(line: dict[str, Any]) -> None:
+                waited.append(until(lambda: len(trainer.asked) == len(SEEDS), 30))
+                append(line)
+
+            yield append_slowly
+
+    monkeypatch.setattr(Store, "open", slowly)
+    swept(SEEDS, store, workers=2)
+    assert waited == [True] * len(SEEDS)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

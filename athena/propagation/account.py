@@ -76,6 +76,12 @@ class Account:
         name = path if is_module and path else self.trace.name_of(node)
         self._rows.append((when, -len(self._rows), Row(name, relevance, bias, 0.0)))
 
+    def cut(self, node: Any, path: str, relevance: float, away: float) -> None:
+        """Books what was cut away of the relevance of a module's output (see `athena.propagation.through`)."""
+        self._rows.append(
+            (self.trace.place_of(node)[0], -len(self._rows), Row(f"{path} (through)", relevance, away, 0.0))
+        )
+
     def measure(self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]) -> None:
         """Books what came to an operation and did not go on to its operands, if it has constant ones."""
         ways = node.next_functions

@@ -85,6 +85,8 @@ class BatchNormLRP(LRPLayer):
             layer.z = z
         else:
             layer.rectified = z
+        if walk.through is not None and layer.node in walk.through:
+            d = walk.through.kept(walk, layer.node, d, z)
         s = layer.kind.at(walk, layer, d)
         layer.passes, layer.finished = True, isinstance(s, tuple)
         if not shared:

@@ -21,6 +21,7 @@ from athena.propagation.notes import Note, Notes
 from athena.propagation.operations import Operation
 from athena.propagation.paths import Paths
 from athena.propagation.products import makes_a_divisor
+from athena.propagation.through import Through
 from athena.propagation.trace import Trace
 from athena.propagation.values import FOLDS, edge_of, is_leaf, join_bias, value_of
 from athena.rules import RuleChoice
@@ -71,6 +72,7 @@ class Walk:
         account: records what each operation holds and absorbs, or None.
         is_complete: whether notes were taken, or cannot be; else `NotesNeeded` is raised if any are missed.
         unknown: what becomes of relevance at an operation that no rule fits, ``"refuse"`` or ``"gradient"``.
+        through: where relevance is let through at some channels alone, or None.
 
     Attributes:
         relevant: nodes that relevance may come to: they depend on the input, or in training on a guided layer.
@@ -105,10 +107,11 @@ class Walk:
         account: Account | None = None,
         is_complete: bool = True,
         unknown: str = "refuse",
+        through: Through | None = None,
     ) -> None:
         self.notes, self.paths, self.rules, self.wanted, self.take = notes, paths, rules, wanted, take
         self.account, self.merges, self.zeros = account, wanted is None, notes.zeros
-        self.unknown, self.tries = unknown, False
+        self.unknown, self.tries, self.through = unknown, False, through
         self.gives_to_zeros = self.reaches_zeros = False
         self.relevant: set[Any] = set()
         self.divisors: set[Any] = set()
@@ -305,13 +308,15 @@ class Walk:
         """
         order, relevant, divisors, kinds = self.order, self.relevant, self.divisors, self._kinds
         found: dict[Any, Tensor] = {}
-        ds, account, lets_go = self._ds, self.account, self.wanted is None
+        ds, account, through, lets_go = self._ds, self.account, self.through, self.wanted is None
         while starts:
             self._begin(*starts.pop())
         d: Tensor | None
         while order:
             node = order.pop()
             kind, is_source = kinds.pop(node) or EulerLRP, node in self._sources
+            if through is not None and node in through:
+                through.cut(self, node, ds)
             d = ds.pop((node, 0), None)
             if node not in relevant:
                 if d is not None and node in divisors:
