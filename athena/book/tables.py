@@ -26,12 +26,14 @@ __all__ = [
     "percent",
     "points",
     "possible",
+    "quoted",
     "say",
     "shown",
     "signed",
     "testable",
     "title",
     "verdict",
+    "wrapped",
 ]
 
 NOT_RUN = "not yet run"
@@ -115,6 +117,22 @@ def say(text: str) -> None:
     from IPython.display import Markdown, display  # of the extra `book`
 
     display(Markdown(text))
+
+
+def quoted(text: str) -> str:
+    """A plan as a quotation in Markdown. Lines that begin with a number or a blank are kept apart."""
+    lines = text.strip().splitlines()
+    listed = [line.startswith(" ") or line[:2].isdigit() for line in lines]
+    ends = ["  " if of or after else "" for of, after in zip(listed, [*listed[1:], False], strict=True)]  # a line break
+    return "\n".join(f"> {line.strip()}{end}" for line, end in zip(lines, ends, strict=True))
+
+
+def wrapped(table: pd.DataFrame, first: str) -> Any:
+    """`table` for a page, with the column `first` as the head of its rows, in cells that break their lines."""
+    from IPython.display import HTML  # of the extra `book`
+
+    with pd.option_context("display.max_colwidth", None):
+        return HTML(shown(table, first).to_html(classes="wraps"))
 
 
 def shown(table: pd.DataFrame, first: str) -> pd.DataFrame:
