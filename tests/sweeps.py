@@ -7,11 +7,10 @@ from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
 
-from athena.experiments import (
-    Store,
-    grid,
-    sweep,
-)
+import numpy as np
+import pandas as pd
+
+from athena.experiments import Store, Study, frame, grid, root, sweep
 from athena.training import Run
 
 TINY = Run(dataset="mnist5k", fraction=0.02, epochs=1)
@@ -38,6 +37,20 @@ def line_of(run: Run, fingerprint: str, accuracy: float = 0.5) -> dict[str, Any]
     measured = {"accuracy": [accuracy / 2, accuracy], "seconds": 1.0, "peak_bytes": 1, "stopped_at": None}
     about = {"diverged": None, "device": "cpu", "versions": {"torch": "2"}, "code": "0", "fingerprint": fingerprint}
     return {"key": run.key, "run": run_as_json} | measured | about
+
+
+def as_if_run(
+    name: str, gain: Callable[[Run], float] = lambda run: 0.0, seconds: Callable[[Run], float] = lambda run: 1.0
+) -> pd.DataFrame:
+    """A study as if run: accuracy by seed and share, and what each run gains, in points."""
+    runs = Study.read(root() / "studies" / f"{name}.toml").runs
+    rng = np.random.default_rng(0)
+    of_seed = {seed: rng.normal(0.8, 0.02) for seed in sorted({run.seed for run in runs})}
+    lines = []
+    for run in runs:
+        accuracy = of_seed[run.seed] + run.fraction + gain(run) / 100 + rng.normal(0, 0.0005)
+        lines.append(line_of(run, "0" * 16, accuracy) | {"seconds": run.epochs * seconds(run)})
+    return frame(lines)
 
 
 @dataclass

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from sweeps import as_if_run
 
 import athena
 from athena.book import answers
 from athena.experiments import published, results, statistics
+from athena.training import Run
 
 TRIPLE = re.compile(r"([+−]\d+\.\d+) \[([+−]\d+\.\d+),\s([+−]\d+\.\d+)\]")
 
@@ -96,3 +98,42 @@ def test_an_interval_ends_where_no_accuracy_could_be() -> None:
     whole = statistics.compare(results("mnist-factors").query("factor in (0, 10) and fraction == 1"))
     assert whole["low"].iloc[0] < -whole["baseline_mean"].iloc[0]
     assert tables.possible(whole)["low"].iloc[0] == -whole["baseline_mean"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "study"),
+    [(answers.is_it_relevance, "decisive"), (answers.uses, "uses"), (answers.search, "confirm")],
+    ids=["decisive", "uses", "confirm"],
+)
+def test_a_study_under_way_is_not_looked_at(answer, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "results", as_if_run)
+    monkeypatch.setattr(answers, "whole", lambda name: None)
+    found = answer()
+    assert "This is open" in found.says and not said(found.says)
+    assert f"athena sweep studies/{study}.toml" in found.change
+    monkeypatch.setattr(answers, "whole", as_if_run)
+    assert "open" not in answer().says
+
+
+def test_the_answer_of_the_search_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(run: Run) -> bool:
+        return run.factor == -0.25 and run.control is None
+
+    monkeypatch.setattr(answers, "results", as_if_run)
+    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, lambda run: 0.5 * use(run)))
+    assert "It is confirmed." in answers.search().says
+    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, lambda run: 0.2 * use(run)))
+    assert "It is not confirmed, so none was found." in answers.search().says  # a gain, below what the plan asks for
+    assert said(answers.search().says)[0] == pytest.approx((0.2, 0.2, 0.2), abs=0.05)
+
+
+def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gain(run: Run) -> float:
+        if run.use == "features":
+            return 1.0 * (run.control is None)
+        return -1.0 if run.use == "gradient times relevance" and run.control is None else 0.0
+
+    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, gain))
+    text = answers.uses().says
+    assert "features × (1 + R) helps" in text
+    assert "Gradient × relevance harms" in text

@@ -1,32 +1,14 @@
 """Claims about the comparison of uses and the search, on studies as if they had been run."""
 
-from collections.abc import Callable
-
-import numpy as np
-import pandas as pd
 import pytest
-from sweeps import line_of
+from sweeps import as_if_run
 
-from athena import experiments
 from athena.experiments import beyond
-from athena.experiments.store import frame as as_frame
 from athena.training import Run
 
 
-def study(name: str, gain: Callable[[Run], float], seconds: Callable[[Run], float] = lambda run: 1.0) -> pd.DataFrame:
-    """A study as if run: accuracy by seed and share, and what each run gains, in points."""
-    runs = experiments.Study.read(experiments.root() / "studies" / f"{name}.toml").runs
-    rng = np.random.default_rng(0)
-    of_seed = {seed: rng.normal(0.8, 0.02) for seed in sorted({run.seed for run in runs})}
-    lines = []
-    for run in runs:
-        accuracy = of_seed[run.seed] + run.fraction + gain(run) / 100 + rng.normal(0, 0.0005)
-        lines.append(line_of(run, "0" * 16, accuracy) | {"seconds": run.epochs * seconds(run)})
-    return as_frame(lines)
-
-
 def test_every_arm_of_the_comparison_is_in_its_study_and_every_run_in_an_arm() -> None:
-    frame = study("uses", lambda run: 0.0)
+    frame = as_if_run("uses", lambda run: 0.0)
     keys = set(frame["key"])
     for use in beyond.COMPARED:
         assert len(beyond.of_arm(frame, use.arm)) == 20, use.name
@@ -49,7 +31,7 @@ def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:
             return 1.0
         return -1.0 if run.use == "weighting" else 0.0
 
-    table = beyond.compared(study("uses", gain)).set_index("use")
+    table = beyond.compared(as_if_run("uses", gain)).set_index("use")
     assert table.loc["features × (1 + R)", "helps"]
     assert table.loc["features × (1 + R)", "difference"] == pytest.approx(0.01, abs=5e-4)
     assert table.loc["dropout of what is relevant", "verdict"] == "gain"
@@ -60,7 +42,7 @@ def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:
 
 
 def test_a_use_is_held_against_plain_training_of_at_least_its_time() -> None:
-    table = beyond.compared(study("uses", lambda run: 0.0, lambda run: 1.3 if run.use == "features" else 1.0))
+    table = beyond.compared(as_if_run("uses", lambda run: 0.0, lambda run: 1.3 if run.use == "features" else 1.0))
     table = table.set_index("use")
     assert table.loc["features × (1 + R)", "time"] == pytest.approx(1.3)
     assert table.loc["features × (1 + R)", "epochs"] == 4.5
@@ -75,7 +57,7 @@ def test_the_search_ranks_settings_and_chooses_uses_of_relevance_alone() -> None
             return 1.0 + 10 * run.strength
         return 0.5 if run.use == "features" and run.control is None else 0.0
 
-    table = beyond.found(study("search", gain))
+    table = beyond.found(as_if_run("search", gain))
     assert table["family"].iloc[0] == "dropout" and not table["relevance"].iloc[0]
     assert set(table["n"]) == {4}
     assert not table["setting"].isna().any()
@@ -86,7 +68,7 @@ def test_the_search_ranks_settings_and_chooses_uses_of_relevance_alone() -> None
 
 
 def test_arms_that_are_one_arm_or_several_are_refused() -> None:
-    frame = study("uses", lambda run: 0.0)
+    frame = as_if_run("uses", lambda run: 0.0)
     plain = beyond.of_arm(frame, {})
     with pytest.raises(ValueError, match="both arms are the same"):
         beyond.contrast(plain, plain, over="fraction")
@@ -98,7 +80,7 @@ def test_of_the_tuning_each_optimiser_has_its_best_rate() -> None:
     def gain(run: Run) -> float:
         return 5.0 if run.learning_rate in (1e-3, 0.3) else 0.0
 
-    table = beyond.optimisers(study("optimisers-tuning", gain)).set_index("arm")
+    table = beyond.optimisers(as_if_run("optimisers-tuning", gain)).set_index("arm")
     assert table["learning_rate"]["Adam"] == 1e-3 and table["learning_rate"]["SGD"] == 0.3
     assert table["difference"]["SGD"] == pytest.approx(0, abs=2e-3)
     assert table["difference"]["AdaGrad"] == pytest.approx(-0.05, abs=2e-3)
@@ -109,7 +91,7 @@ def test_the_confirmation_judges_three_contrasts_and_corrects_them_together() ->
     def gain(run: Run) -> float:
         return 0.5 if run.factor == -0.25 and run.control is None else 0.2 * (run.epochs > 3)
 
-    frame = study("confirm", gain)
+    frame = as_if_run("confirm", gain)
     assert sum(len(beyond.of_arm(frame, arm)) for arm in beyond.CONFIRMED_ARMS.values()) == len(frame) == 300
     table = beyond.confirmed(frame)
     assert table["verdict"].tolist() == ["gain"] * 3 + [""] * 3

@@ -15,9 +15,12 @@ from typing import Any
 import pandas as pd
 
 from athena.book.tables import SPACE, benchmark, percent, points, signed
-from athena.experiments import published, results, statistics
+from athena.experiments import Study, beyond, decisive, frame, published, results, root, statistics
 
-__all__ = ["EVERY", "Answer", "cifar", "guidance", "mnist", "stopping_linear", "stopping_whole", "story"]
+__all__ = [
+    *("EVERY", "Answer", "cifar", "guidance", "is_it_relevance", "mnist", "search", "stopping_linear"),
+    *("stopping_whole", "story", "uses", "whole"),
+]
 
 Shares = tuple[float, float]
 ALL: Shares = (0.0, 1.0)
@@ -158,7 +161,129 @@ def guidance() -> Answer:
     )
 
 
-EVERY = (mnist, cifar, stopping_linear, stopping_whole)
+def whole(study: str) -> pd.DataFrame | None:
+    """The runs of a study, or None while some are missing: a study with a plan is looked at when it is complete."""
+    planned = Study.read(root() / "studies" / f"{study}.toml")
+    lines = planned.store.lines()
+    return frame(lines) if {line["key"] for line in lines} >= {run.key for run in planned.runs} else None
+
+
+def is_it_relevance() -> Answer:
+    """The decisive experiment (chapter 9): relevance beside its shuffle, the gradient, and label smoothing."""
+    runs = whole("decisive")
+    if runs is None:
+        return _open("9", DECISIVE, "decisive")
+    table = decisive.contrasts(decisive.runs(runs))
+    helps, worth = decisive.conclusions(table)
+    told = {(row["contrast"], row["protocol"]): row for _, row in table.iterrows()}
+    by_protocol = [
+        f"under {'the ' if protocol.startswith('thesis') else ''}{protocol} it differs by "
+        f"{points(told['A', protocol])} points from the same with its numbers shuffled, and by "
+        f"{points(told['B', protocol])} from loss gradient times activation, which needs no LRP"
+        for protocol in decisive.PROTOCOLS
+    ]
+    tuned = told["C", "OneCycle"]
+    return Answer(
+        sections="8",
+        question=DECISIVE,
+        says=(
+            f"Gradients are damped where relevance for the true class is high: {'; '.join(by_protocol)}. "
+            + (
+                f"It is relevance that helps under {' and '.join(name for name, its in helps.items() if its)}"
+                if any(helps.values())
+                else "It is not shown that relevance is what helps"
+            )
+            + f". Beside label smoothing, given the same time, it adds {points(tuned)} points under OneCycle: "
+            + ("worth using." if worth else "not shown to be worth using.")
+        ),
+        sure=(
+            f"{int(table['n'].min())} seeds at four shares of MNIST, six contrasts corrected together, by a plan that "
+            "was committed before the first run."
+        ),
+        change="Another network or other data. What these seeds could have shown stands in chapter 9.",
+    )
+
+
+DECISIVE = "Is it relevance that helps on little data, and is it worth more than label smoothing?"
+
+
+def uses() -> Answer:
+    """Chapters 4 and 5: other ways to train with an explanation."""
+    question = "Does any way to train with an explanation help, more than its control and than the same time?"
+    runs = whole("uses")
+    if runs is None:
+        return _open("4 and 5", question, "uses")
+    table = beyond.compared(runs)
+    own = table[table["relevance"]]
+    helps, harms = own[own["helps"]], own[own["verdict"] == "loss"]
+    smoothing = table[table["use"] == "label smoothing"].iloc[0]
+    return Answer(
+        sections="4 and 5",
+        question=question,
+        says=(
+            (f"Of {len(own)} uses of relevance " + _listed(list(helps["use"]), "helps", "help") + ". ")
+            + (f"{_listed(list(harms['use']), 'harms', 'harm').capitalize()}. " if len(harms) else "")
+            + f"Label smoothing, which needs no explanation and no time, gains {points(smoothing)} points."
+        ),
+        sure=(
+            f"{int(table['n'].min())} seeds, {_shares(runs)} of MNIST, one network, strengths that were not tuned. "
+            "The plan was committed before the runs."
+        ),
+        change="Tuned strengths, other networks and data, and the settings of the papers, which are larger.",
+    )
+
+
+def search() -> Answer:
+    """The search of chapter 10 and its confirmation."""
+    question = "Is there a use of relevance in training that beats what a practitioner does without it?"
+    tried = beyond.found(results("search"))
+    chosen = beyond.chosen(tried)
+    names = " and ".join(f"{row['family']}, {row['setting']}" for _, row in chosen.iterrows())
+    families = tried.loc[tried["family"] != "baselines", "family"].nunique()
+    searched = f"Of {len(tried)} settings in {families} families the search chose {names}. "
+    runs = whole("confirm")
+    if runs is None:
+        return _open("8.3", question, "confirm", searched)
+    judged = beyond.confirmed(runs).query("judged")
+    worth = beyond.worth(judged)
+    told = "; ".join(f"{row['compared']} {points(row)}, {SPOKEN[row['verdict']]}" for _, row in judged.iterrows())
+    return Answer(
+        sections="8.3",
+        question=question,
+        says=(
+            searched
+            + ("It is confirmed. " if worth else "It is not confirmed, so none was found. ")
+            + f"On new seeds and the test set, in points: {told}."
+        ),
+        sure=(
+            f"{int(judged['n'].min())} seeds, {_shares(runs)} of MNIST. The search is exploratory; the confirmation's "
+            "plan was committed before its runs, and is reported as it came out."
+        ),
+        change="Other data and larger networks, and tasks where one can say what a network must not look at.",
+    )
+
+
+def _shares(runs: pd.DataFrame) -> str:
+    return " and ".join(f"{100 * share:g}" for share in sorted(runs["fraction"].unique())) + " %"
+
+
+def _listed(names: Sequence[str], one: str, several: str) -> str:
+    if not names:
+        return f"none is shown to {several}"
+    return f"{', '.join(names)} {one if len(names) == 1 else several}"
+
+
+def _open(sections: str, question: str, study: str, before: str = "") -> Answer:
+    return Answer(
+        sections=sections,
+        question=question,
+        says=f"{before}This is open: not all runs of its study are there, and by its plan none is looked at before.",
+        sure="Nothing is said yet.",
+        change=f"`athena sweep studies/{study}.toml` runs what is missing.",
+    )
+
+
+EVERY = (mnist, cifar, stopping_linear, stopping_whole, is_it_relevance, uses, search)
 """The answers in the order of the thesis."""
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from athena.experiments import statistics
+from athena.experiments.decisive import WORTHWHILE
 from athena.experiments.run import Run
 from athena.experiments.study import plain
 
 __all__ = [
     *("COMPARED", "CONFIRMED", "FAMILIES", "Compared", "chosen", "compared", "confirmed", "contrast", "found", "named"),
-    *("of_arm", "optimisers"),
+    *("of_arm", "optimisers", "worth"),
 ]
 
 FAMILIES: dict[str, str] = {
@@ -203,6 +204,16 @@ def confirmed(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(verdict=verdicts)
 
 
+def worth(table: pd.DataFrame) -> bool:
+    """Whether the plan calls the use worth it: all judged contrasts are gains, the first of at least `WORTHWHILE`.
+
+    Args:
+        table: as `confirmed` gives it.
+    """
+    judged = table[table["judged"]]
+    return bool((judged["verdict"] == "gain").all() and judged["difference"].iloc[0] >= WORTHWHILE)
+
+
 @dataclass(frozen=True)
 class Compared:
     """One use in the comparison of chapter 4.
@@ -292,10 +303,10 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
         frame: ``athena.results("uses")``.
 
     Returns:
-        One row for each of `COMPARED`, with the columns `use` and `section`; `time`, median training seconds over those
-        of plain training, the mean over the shares; `epochs` of the plain training of at least the same time;
-        `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with the ending ``_control``
-        against the control `against`; and `helps`, by the rule of the plan.
+        One row for each of `COMPARED`: `use`, `section` and `relevance` (whether it is a use of it); `time`, median
+        training seconds over those of plain training, the mean over the shares; `epochs` of the plain training of at
+        least the same time; `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with
+        the ending ``_control`` against the control `against`; and `helps`, by the rule of the plan.
     """
     shares = frame["fraction"].nunique()
     longer = {epochs: of_arm(frame, {"epochs": epochs}) for epochs in (3.0, 3.75, 4.5, 6.0)}
@@ -308,7 +319,10 @@ def compared(frame: pd.DataFrame) -> pd.DataFrame:
         first.append(contrast(runs, longer[epochs], over="fraction" if shares > 1 else None))
         if use.control:
             second.append(contrast(runs, of_arm(frame, use.control), over="fraction" if shares > 1 else None))
-        rows.append({"use": use.name, "section": use.section, "time": time, "epochs": epochs, "against": use.against})
+        rows.append(
+            {"use": use.name, "section": use.section, "relevance": needs_relevance(runs.iloc[0])}
+            | {"time": time, "epochs": epochs, "against": use.against}
+        )
     own, controls = iter(statistics.family(*first)), iter(statistics.family(*second))
     for row, use in zip(rows, COMPARED, strict=True):
         row |= _measured(next(own))
