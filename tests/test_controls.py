@@ -138,7 +138,7 @@ def test_every_control_gives_a_number_for_each_neuron_and_leaves_what_it_reads()
 
 
 @pytest.mark.parametrize("normalise", [None, "max", "rms"])
-@pytest.mark.parametrize("granularity", ["sample", "neuron"])
+@pytest.mark.parametrize("granularity", ["sample", "neuron", "filter"])
 @pytest.mark.parametrize("rule", [athena.rules.Epsilon(0.1), athena.rules.Gamma(0.25)], ids=["epsilon", "gamma"])
 @pytest.mark.parametrize("target", [None, "label"])
 def test_relevance_itself_as_the_signal_changes_nothing(

@@ -376,6 +376,7 @@ def test_gradients_of_each_sample_by_vmap_are_refused_in_one_sentence() -> None:
         ("target", "softmax"),
         ("normalise", "max"),
         ("granularity", "neuron"),
+        ("granularity", "filter"),
     ],
     ids=lambda value: str(value)[:20],
 )

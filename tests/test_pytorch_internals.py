@@ -1,11 +1,14 @@
 """What the package relies on in PyTorch beyond its documented interface: each claim says what breaks if it fails."""
 
+import functools
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from athena.propagation.layer import layer_of_kind
-from athena.propagation.notes import keeps_graph, packs_what_it_saves
+from athena.propagation.notes import keeps_graph, packs_what_it_saves, runs_under_a_selective_checkpoint
 
 
 def test_a_graph_node_tells_the_shapes_of_its_outputs() -> None:
@@ -60,6 +63,21 @@ def test_it_is_known_whether_autograd_packs_what_it_saves() -> None:
     assert not packs_what_it_saves()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         assert packs_what_it_saves()
+
+
+def test_a_selective_checkpoint_tells_that_it_is_one() -> None:
+    """Else relevance uses up the one backward pass that it lets through, and the loss's own fails."""
+    seen = []
+
+    def part(x: Tensor) -> Tensor:
+        seen.append(runs_under_a_selective_checkpoint())
+        return x.exp()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, lambda *_, **__: CheckpointPolicy.PREFER_SAVE)
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(part, x, use_reentrant=False, context_fn=contexts)
+    checkpoint(part, x, use_reentrant=False)
+    assert seen == [True, False]
 
 
 def test_a_backward_pass_tells_whether_it_keeps_the_graph() -> None:

@@ -1,16 +1,21 @@
-"""LRP factors: one number for all guided layers, or one by path; and which layers a scope names."""
+"""LRP factors, one for all guided layers or one by path, which may be learned; and which layers a scope names."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from athena.guidance.settings import one_of
 from athena.propagation.affine import AffineLRP, ConvolutionalLRP, LinearLRP
 from athena.propagation.paths import path_of_parameter
 
-__all__ = ["SCOPES", "Factors", "one_of"]
+__all__ = ["LEARN", "SCOPES", "Factors"]
+
+LEARN = "learn"
+"""In the place of a factor: one for each layer, learned from held-out data."""
 
 SCOPES: dict[str, tuple[type[AffineLRP], ...]] = {
     "all": (LinearLRP, ConvolutionalLRP),
@@ -28,17 +33,20 @@ class Factors:
         factor, scope: as for `athena.Guidance`.
         model: whose layers they name.
 
+    Attributes:
+        learned: with the factor ``"learn"``, that of each layer that was guided so far, by path.
+
     Raises:
         ValueError, TypeError: they are not of that form, or name what the model does not have or what is never guided.
     """
 
-    def __init__(self, factor: float | Mapping[str, float], scope: str | Sequence[str], model: nn.Module) -> None:
-        self.scope, self.model = scope, model
-        self.factor = (
-            {path: _number(value, f" of {path!r}") for path, value in factor.items()}
-            if isinstance(factor, Mapping)
-            else _number(factor)
-        )
+    def __init__(self, factor: float | Mapping[str, float] | str, scope: str | Sequence[str], model: nn.Module) -> None:
+        self.scope, self.model, self.factor = scope, model, factor
+        self.learned: dict[str, Tensor] = {}
+        if isinstance(factor, Mapping):
+            self.factor = {path: _number(value, f" of {path!r}") for path, value in factor.items()}
+        elif not isinstance(factor, str) or factor != LEARN:
+            self.factor = _number(factor)
         self.by_path = self.factor if isinstance(self.factor, dict) else None
         paths = set(self.by_path or ())
         if isinstance(scope, str):
@@ -54,21 +62,37 @@ class Factors:
                 f"linear layers and convolutions, here {sorted(known - set(never))}"
             )
 
-    def of(self, path: str, kind: type[AffineLRP]) -> float:
-        """The factor of the layer at `path`; 0 where it is not guided."""
+    def guides(self, path: str, kind: type[AffineLRP]) -> bool:
+        """Whether the layer at `path` is to be guided."""
         if self.by_path is not None:
-            return self.by_path.get(path, 0.0)
-        inside = kind in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope
-        return self.factor if inside else 0.0  # type: ignore[return-value]
+            return bool(self.by_path.get(path))
+        return bool(self.factor) and (kind in SCOPES[self.scope] if isinstance(self.scope, str) else path in self.scope)
+
+    def of(self, path: str) -> float | Tensor:
+        """The factor of a guided layer; while it is learned, a leaf () of the graph, in float64, that starts at 0."""
+        if self.factor == LEARN:
+            if path not in self.learned:
+                self.learned[path] = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            return self.learned[path]
+        return self.factor if self.by_path is None else self.by_path[path]  # type: ignore[return-value]
 
     def names_frozen(self) -> bool:
         """Whether a weight that would be guided asks for no gradient now."""
         never = _never_guided(self.model)
         for name, weight, _ in _weights(self.model):
             path, kind = path_of_parameter(name), LinearLRP if weight.dim() <= 2 else ConvolutionalLRP
-            if not weight.requires_grad and path not in never and self.of(path, kind):
+            if not weight.requires_grad and path not in never and self.guides(path, kind):
                 return True
         return False
+
+    def sentence(self) -> str:
+        """What to tell the user where factors that were to be learned have not been; empty where all is well."""
+        if not self.learned or any(self.learned.values()):
+            return ""
+        return (
+            f"factor={LEARN!r}, and all factors are still 0, with which training is plain: call "
+            "guidance.learn(loss, held_out) between the forward pass and backward()"
+        )
 
     def __bool__(self) -> bool:
         """Whether there is one that is not 0."""
@@ -108,11 +132,5 @@ def _number(value: Any, of: str = "") -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise TypeError(f"factor{of} is {value!r}; give a finite number")
+        raise TypeError(f"factor{of} is {value!r}; give a finite number{'' if of else f', or {LEARN!r}'}")
     return number
-
-
-def one_of(name: str, value: Any, allowed: tuple[Any, ...], otherwise: str = "") -> None:
-    """Raises a ValueError that names the argument and its value, unless that is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))} {otherwise}".rstrip())

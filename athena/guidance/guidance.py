@@ -7,7 +7,6 @@ the network's output is left alone. Not here: the training loop (`athena.trainin
 """
 
 import copyreg
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,11 +15,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from athena.guidance.factors import Factors, one_of
-from athena.guidance.guided import GuidedForward, Here, Idle, gathered, refuse_guided, refuse_transforms, unwrapped
-from athena.guidance.scaling import GRANULARITY, NORMALISE, DivergedError, Scaling, Signal, Signals
-from athena.guidance.starts import target_of
-from athena.propagation.affine import Layer
+from athena.guidance.factors import LEARN, Factors
+from athena.guidance.guided import (
+    GuidedForward,
+    Here,
+    Idle,
+    gathered,
+    refuse_checkpoints,
+    refuse_guided,
+    refuse_transforms,
+    unwrapped,
+)
+from athena.guidance.learning import in_eval_mode, move
+from athena.guidance.scaling import GRANULARITY, NORMALISE, DivergedError, Guided, Scaling, Signal, Signals
+from athena.guidance.settings import Setting, count, one_of
+from athena.guidance.starts import known_target, labels_for, target_of
+from athena.propagation.affine import ConvolutionalLRP, Layer
 from athena.propagation.layer import UnsupportedLayer
 from athena.propagation.notes import Notes, tensors_in
 from athena.propagation.operations import recording
@@ -58,15 +68,18 @@ class Guidance:
             ``"logits"`` are either or (batch, tokens, classes), or with a function as `target` to whatever that takes.
             Its parameters and its code stay as they are.
         factor: the LRP factor, lambda in thesis 6.1.2. One number, or ``{module path: number}``, whose keys are then
-            the guided layers. Negative numbers damp what is relevant.
+            the guided layers. Negative numbers damp what is relevant. Or ``"learn"``: one for each guided layer, which
+            starts at 0 and is moved by `learn` (thesis 8.3.1).
         rule: as for `athena.lrp`.
         scope: which layers are guided: ``"all"``, ``"linear"``, ``"convolutional"``, or a list of module paths.
         target: what relevance starts from, as for `athena.lrp`, at each place of a map or token alike; or
             ``"label"``: the logit of the true class, of `labels`.
         normalise: None as in the thesis, or divide the relevance of each sample in each layer by its largest
             magnitude (``"max"``) or its root mean square (``"rms"``).
-        granularity: ``"sample"``, one relevance for each neuron and sample as in the thesis, or ``"neuron"``, the
-            mean over the batch.
+        granularity: ``"sample"``, one relevance for each neuron and sample as in the thesis; ``"neuron"``, the mean
+            over the batch; or ``"filter"`` (thesis 8.3.2): the gradient of a filter's weights, or of a neuron's, is
+            multiplied by ``1 + factor R``, with R the relevance of all its outputs, added over positions, normalised,
+            and averaged over the batch. The gradients of biases, and of all layers below, are then left as they are.
         on_divergence: ``"raise"`` a `DivergedError` out of the backward pass, before the optimiser can take the step,
             or ``"record"`` the first one in `diverged` and go on.
         every: guide one forward pass in so many, from the first on. What guidance costs falls in the same proportion.
@@ -92,10 +105,17 @@ class Guidance:
         RuntimeError: the model, a part of it, or a model that it is a part of is guided already.
     """
 
+    target: Setting[Target] = Setting(known_target)
+    normalise: Setting[str | None] = Setting(one_of, NORMALISE)
+    granularity: Setting[str] = Setting(one_of, GRANULARITY)
+    on_divergence: Setting[str] = Setting(one_of, ("raise", "record"))
+    every: Setting[int] = Setting(count, "forward passes")
+    gates: Setting[str] = Setting(one_of, GATES)
+
     def __init__(
         self,
         model: nn.Module,
-        factor: float | Mapping[str, float] = 0.1,
+        factor: float | Mapping[str, float] | str = 0.1,
         rule: RuleFor = Epsilon(),  # noqa: B008
         scope: str | Sequence[str] = "linear",
         target: Target = None,
@@ -111,11 +131,10 @@ class Guidance:
         self.model = model = unwrapped(model)
         self._paths = Paths(model)
         refuse_guided(model)
-        self._signals = Signals(None, "sample", signal)
         self._factors = Factors(factor, scope, model)
-        self.rule, self.target, self.every = rule, target, every
+        self.rule, self.target, self.every, self.gates = rule, target, every, gates
         self.normalise, self.granularity, self.on_divergence = normalise, granularity, on_divergence
-        self.gates = gates
+        self._signal = signal
         self.labels: Tensor | Callable[..., Tensor] | None = None
         self.step = 0
         self.diverged: DivergedError | None = None
@@ -125,12 +144,12 @@ class Guidance:
         self._forward = GuidedForward(model, self._pass)
 
     @property
-    def factor(self) -> float | Mapping[str, float]:
+    def factor(self) -> float | Mapping[str, float] | str:
         """The LRP factor."""
         return self._factors.factor
 
     @factor.setter
-    def factor(self, factor: float | Mapping[str, float]) -> None:
+    def factor(self, factor: float | Mapping[str, float] | str) -> None:
         self._factors = Factors(factor, self.scope, self.model)
 
     @property
@@ -156,70 +175,49 @@ class Guidance:
         self._takes_notes = self._tries = True
 
     @property
-    def target(self) -> Target:
-        """What relevance starts from."""
-        return self._target
+    def learned(self) -> dict[str, float]:
+        """With ``factor="learn"``, the factors as they are now, by the module paths of the layers guided so far."""
+        return {path: factor.item() for path, factor in self._factors.learned.items()}
 
-    @target.setter
-    def target(self, target: Target) -> None:
-        if isinstance(target, str):
-            one_of("target", target, ("softmax", "logits", "label"))
-        self._target = target
+    def learn(self, loss: Tensor, held_out: Callable[[], Tensor], rate: float = 0.01, bound: float = 1.0) -> None:
+        """With ``factor="learn"``: moves the factors to where the next step lowers the loss on held-out data more.
 
-    @property
-    def normalise(self) -> str | None:
-        """How relevance is normalised."""
-        return self._signals.normalise
+        It is called between the forward pass and ``backward()``, in each step or in one of so many, and acts on this
+        step already::
 
-    @normalise.setter
-    def normalise(self, normalise: str | None) -> None:
-        one_of("normalise", normalise, NORMALISE)
-        self._signals = Signals(normalise, self.granularity, self._signals.signal)
+            loss = criterion(model(x), y)
+            guidance.learn(loss, lambda: criterion(model(x_held_out), y_held_out))
+            loss.backward()
 
-    @property
-    def granularity(self) -> str:
-        """Over what relevance is averaged."""
-        return self._signals.granularity
+        With G the guided gradient of all weights, which depends on the factors f, and v the gradient of the held-out
+        loss, ``u = d cos(v, G) / d f`` and ``f <- clip(f + rate u / |u|, -bound, bound)``. A step of SGD of a given
+        length changes the held-out loss by ``-length |v| cos(v, G)`` in first order; u is the direction of f in which
+        that falls most. Length does not count, or factors would grow in the place of a learning rate. That scaled
+        gradients go on to the layers below is part of u. Relevance is a constant. Momentum and the like are left out.
 
-    @granularity.setter
-    def granularity(self, granularity: str) -> None:
-        one_of("granularity", granularity, GRANULARITY)
-        self._signals = Signals(self.normalise, granularity, self._signals.signal)
+        It takes second derivatives, which fused attention and recurrent layers of cuDNN do not have, and each time
+        about two plain steps. With `DistributedDataParallel`, call the module inside for the held-out loss; each
+        process then learns factors of its own.
 
-    @property
-    def gates(self) -> str:
-        """How a product with a gate shares relevance."""
-        return self._gates
+        Args:
+            loss: the training loss, of the guided forward pass.
+            held_out: a function that gives the loss on data that the model is neither trained nor tested on. The model
+                is in eval mode meanwhile.
+            rate: by how much the factors move, all taken as one vector.
+            bound: their largest magnitude. With ``normalise="max"``, 1 keeps gradients from changing their sign.
 
-    @gates.setter
-    def gates(self, gates: str) -> None:
-        one_of("gates", gates, GATES)
-        self._gates = gates
-
-    @property
-    def on_divergence(self) -> str:
-        """What to do where a gradient is no longer finite."""
-        return self._on_divergence
-
-    @on_divergence.setter
-    def on_divergence(self, on_divergence: str) -> None:
-        one_of("on_divergence", on_divergence, ("raise", "record"))
-        self._on_divergence = on_divergence
-
-    @property
-    def every(self) -> int:
-        """One forward pass in so many is guided."""
-        return self._every
-
-    @every.setter
-    def every(self, every: int) -> None:
-        try:
-            number = operator.index(every)
-        except TypeError:
-            number = 0
-        if number < 1:
-            raise ValueError(f"every={every!r}: give a whole number of forward passes, at least 1")
-        self._every = number
+        Raises:
+            ValueError: the factor is not ``"learn"``, or the loss is not of a guided forward pass.
+        """
+        if self.factor != LEARN:
+            raise ValueError(f"factor={self.factor!r}: only factors of a guidance with factor={LEARN!r} are learned")
+        weights = [parameter for parameter in self._parameters if parameter.requires_grad]
+        with torch.enable_grad():
+            with in_eval_mode(self.model):
+                wished = held_out()
+            depends = move(list(self._factors.learned.values()), loss, wished, weights, rate, bound)
+        if not depends and (self.step - 1) % self.every == 0:
+            raise ValueError("learn(loss, held_out): give the loss of the last forward pass in training mode")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of a guided model is not guided: its copy of this object does nothing."""
@@ -250,7 +248,7 @@ class Guidance:
         self._called.remove()
         self._forward.remove()
         self._drop_late()
-        if warns and self.step == 0 and self._factors and (sentence := self._idle.sentence()):
+        if warns and self._factors and (sentence := (self._factors if self.step else self._idle).sentence()):
             warnings.warn(sentence, stacklevel=stacklevel)
 
     def _note_call(self, model: nn.Module, inputs: Any) -> None:
@@ -339,7 +337,7 @@ class Guidance:
                 self._takes_notes = self._tries = True
                 return
             walk, scaling, guided = found
-            if not self._signals.needs_relevance:
+            if not scaling.signals.needs_relevance:
                 scaling.relevance = dict.fromkeys(range(len(guided)))
             else:
                 _, starts = starts_down(output, target_of(output, self._start(args, kwargs)), self._zeros)
@@ -354,25 +352,23 @@ class Guidance:
 
     def _guided_layers(self, notes: Notes, output: Any) -> tuple[Walk, Scaling, list[Layer]] | None:
         """The walk, and the guided layers that it has found; None where all that would be guided are frozen."""
-        outputs, signals = tensors_in(output), self._signals
+        outputs, signals = tensors_in(output), Signals(self.normalise, self.granularity, self._signal)
         scaling = Scaling(signals, self.step, self._note_divergence)
-        numbers: dict[Any, tuple[int, torch.Size]] = {}
+        numbers: dict[Any, tuple[int, Guided]] = {}
 
         def take(layer: Layer, relevance: Tensor) -> None:
-            number, shape = numbers[layer.node]
-            scaling.relevance[number] = signals.shaped(relevance, shape) if signals.signal is None else relevance
+            number, known = numbers[layer.node]
+            scaling.relevance[number] = signals.shaped(relevance, known) if signals.signal is None else relevance
 
-        walk = Walk(notes, self._paths, self._rules, self._factors.of, take)
+        walk = Walk(notes, self._paths, self._rules, self._factors.guides, take)
         walk.gates = self.gates
         walk.explore(outputs)
-        if notes.without_graph and walk.has_reentrant_checkpoint:
-            path = self._paths.of(notes.without_graph[0])
-            raise UnsupportedLayer(
-                f"{path!r} runs under torch.utils.checkpoint with use_reentrant=True, and so cannot be guided; with "
-                "use_reentrant=False it can"
-            )
+        refuse_checkpoints(walk)
         for node in walk.makers(outputs):
-            walk.layers[node].wanted = 0.0
+            walk.layers[node].wanted = False
+        if self.granularity == "filter":
+            for layer in walk.layers.values():
+                layer.wanted &= layer.weight_shape is not None
         guided = [layer for layer in walk.layers.values() if layer.wanted]
         if not guided:
             if self._factors.names_frozen():
@@ -384,8 +380,10 @@ class Guidance:
             )
         for number, layer in enumerate(guided):  # hooks first: the arithmetic of relevance evicts caches
             shape = walk.shape_by_samples(layer) if signals.needs_samples else torch.Size()
-            numbers[layer.node] = number, shape
-            scaling.at(number, layer, shape)
+            channel = 1 if layer.kind.public is ConvolutionalLRP else len(shape) - 1
+            known = Guided(layer.path, self._factors.of(layer.path), shape, channel)
+            numbers[layer.node] = number, known
+            scaling.at(number, layer, known)
             if signals.signal is not None:
                 scaling.outputs[number] = layer.kind.output(walk, layer).detach()
                 walk.values[layer.node] = scaling.outputs[number]
@@ -400,15 +398,8 @@ class Guidance:
         """The target of this forward pass."""
         if not (isinstance(self.target, str) and self.target == "label"):
             return self.target
-        labels = self.labels(*args, **kwargs) if callable(self.labels) else self.labels
+        labels = labels_for(self.labels, args, kwargs)
         self._drop_labels()
-        if labels is None:
-            labels = kwargs.get("labels")
-        if labels is None:
-            raise RuntimeError(
-                "target='label' needs the classes: set guidance.labels = y before each forward pass, or to a function "
-                "of the forward pass's arguments, or call the model with labels=y"
-            )
         return labels
 
     def _sentence(self, refusal: Refusal, forward: Callable[..., Any], args: Any, kwargs: Any) -> str:

@@ -12,8 +12,18 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from athena.propagation.layer import UnsupportedLayer
+from athena.propagation.walk import Walk
 
-__all__ = ["GuidedForward", "Here", "Idle", "gathered", "refuse_guided", "refuse_transforms", "unwrapped"]
+__all__ = [
+    "GuidedForward",
+    "Here",
+    "Idle",
+    "gathered",
+    "refuse_checkpoints",
+    "refuse_guided",
+    "refuse_transforms",
+    "unwrapped",
+]
 
 _guided = weakref.WeakSet[nn.Module]()
 
@@ -178,3 +188,17 @@ def refuse_transforms() -> None:
                 f"a forward pass under torch.func.{interpreter.key().name.lower()} cannot be guided; for gradients of "
                 "each sample call the model and backward() on one sample at a time, or remove() the guidance first"
             )
+
+
+def refuse_checkpoints(walk: Walk) -> None:
+    """Raises where relevance would have to come through a checkpoint that no second backward pass comes through."""
+    if walk.has_reentrant_checkpoint and (hidden := walk.notes.without_graph):
+        raise UnsupportedLayer(
+            f"{walk.paths.of(hidden[0])!r} runs under torch.utils.checkpoint with use_reentrant=True, and so cannot be "
+            "guided; with use_reentrant=False it can"
+        )
+    if once := [layer.path for layer in walk.layers.values() if layer.note is not None and layer.note.once]:
+        raise UnsupportedLayer(
+            f"{once[0]!r} runs under a selective checkpoint (context_fn=...), which lets one backward pass through, "
+            "and relevance is one more: leave out context_fn, or guide only layers above that part"
+        )

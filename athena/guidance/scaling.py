@@ -4,19 +4,19 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from athena.propagation.affine import Layer
+from athena.propagation.affine import Layer, LinearLRP
 from athena.propagation.layer import UnsupportedLayer
 from athena.propagation.notes import keeps_graph
 
-__all__ = ["GRANULARITY", "NORMALISE", "DivergedError", "Scaling", "Signal", "Signals"]
+__all__ = ["GRANULARITY", "NORMALISE", "DivergedError", "Guided", "Scaling", "Signal", "Signals"]
 
 NORMALISE = (None, "max", "rms")
-GRANULARITY = ("sample", "neuron")
+GRANULARITY = ("sample", "neuron", "filter")
 Signal = Callable[[Any, Tensor, Tensor], Tensor]
 """What may stand in the place of relevance: from relevance (None where it is not needed), gradient and output."""
 
@@ -38,6 +38,28 @@ class DivergedError(ArithmeticError):
         self.step, self.layer = step, layer
 
 
+class Guided(NamedTuple):
+    """A guided layer as its hooks know it. They keep nothing of the graph, which keeps them.
+
+    Attributes:
+        path: its module path.
+        factor: its LRP factor; a leaf () of the graph while it is learned.
+        shape: that of its output, (batch, ...); empty where samples need not be told apart.
+        channel: the dimension of `shape` in which its filters, or neurons, stand.
+    """
+
+    path: str
+    factor: float | Tensor
+    shape: torch.Size
+    channel: int
+
+    def multiplier(self) -> Any:
+        """The factor: a number, or the leaf itself where this backward pass is to have a graph."""
+        if not isinstance(self.factor, Tensor) or torch.is_grad_enabled():
+            return self.factor
+        return self.factor.item()
+
+
 class Signals:
     """What gradients are scaled by: relevance, or a signal in its place, normalised and averaged.
 
@@ -50,31 +72,36 @@ class Signals:
         self.needs_relevance = signal is None or getattr(signal, "needs_relevance", True)
         self.needs_samples = normalise is not None or granularity != "sample" or signal is not None
 
-    def shaped(self, relevance: Tensor, shape: torch.Size) -> Tensor:
-        """The relevance of one layer, (batch, ...) in `shape`, as it is multiplied with: in its own shape."""
+    def shaped(self, relevance: Tensor, layer: Guided) -> Tensor:
+        """The relevance of one layer as it is multiplied with: in its own shape, or one number for each filter."""
         if not self.needs_samples:
             return relevance
-        own, relevance = relevance.shape, relevance.view(shape)
+        own, relevance = relevance.shape, relevance.view(layer.shape)
+        if self.granularity == "filter":
+            relevance = relevance.movedim(layer.channel, 1).flatten(2).sum(2) if relevance.dim() > 2 else relevance
         if self.normalise is not None:
             size = relevance.flatten(1)
             size = size.abs().amax(1) if self.normalise == "max" else size.square().mean(1).sqrt()
             relevance = relevance / size.clamp_min(torch.finfo(size.dtype).tiny).view(-1, *[1] * (relevance.dim() - 1))
+        if self.granularity == "filter":
+            return relevance.mean(0)
         if self.granularity == "neuron":
             relevance = relevance.mean(0, keepdim=True)
-            return relevance if own == shape else relevance.expand(shape).reshape(own)
+            return relevance if own == layer.shape else relevance.expand(layer.shape).reshape(own)
         return relevance.reshape(own)
 
-    def of(self, relevance: Tensor | None, gradient: Tensor, output: Tensor, shape: torch.Size, path: str) -> Tensor:
-        """The signal at the layer at `path`, as it is multiplied with."""
+    def of(self, relevance: Tensor | None, gradient: Tensor, output: Tensor, layer: Guided) -> Tensor:
+        """The signal at a layer, as it is multiplied with."""
         assert self.signal is not None
+        shape = layer.shape
         given = None if relevance is None else relevance.view(shape)
         found = self.signal(given, gradient.view(shape), output.view(shape))
         if found.shape != shape:
             raise ValueError(
-                f"the signal gives {tuple(found.shape)} for {path!r}, whose output is {tuple(shape)}: return one "
+                f"the signal gives {tuple(found.shape)} for {layer.path!r}, whose output is {tuple(shape)}: return one "
                 "number for each neuron of each sample"
             )
-        return self.shaped(found.reshape(gradient.shape), shape)
+        return self.shaped(found.reshape(gradient.shape), layer)
 
 
 class Scaling:
@@ -101,42 +128,79 @@ class Scaling:
         # a number has to be waited for.
         self._sums: dict[int, tuple[str, float, float | Tensor]] = {}
 
-    def at(self, number: int, layer: Layer, shape: torch.Size) -> None:
-        """Has the gradient that comes to `layer` scaled, once there is relevance."""
-        scale = functools.partial(self._scale, number, layer.path, float(layer.wanted), shape)
-        (layer.node if layer.top is None else layer.top).register_prehook(scale)
+    def at(self, number: int, layer: Layer, guided: Guided) -> None:
+        """Has the gradient that comes to `layer`, or that of its filters, scaled, once there is relevance."""
+        if self.signals.granularity != "filter":
+            node = layer.node if layer.top is None else layer.top
+            node.register_prehook(functools.partial(self._scale_output, number, guided))
+            return
+        if layer.place or (layer.kind.public is LinearLRP and len(layer.weight_shape or (0, 0)) != 2):
+            raise UnsupportedLayer(
+                f"the weight of {layer.path!r}, as the model multiplies with it, has no filters or neurons to tell "
+                "apart: leave the layer out of the scope, or take granularity='sample' or 'neuron'"
+            )
+        scale = functools.partial(self._scale_filters, number, guided, layer.kind.first + 1, layer.kind.scaler(layer))
+        layer.node.register_hook(scale)
 
-    def _scale(
-        self, number: int, path: str, factor: float, shape: torch.Size, gradients: tuple[Tensor | None]
-    ) -> tuple[Tensor] | None:
+    def _scale_output(self, number: int, layer: Guided, gradients: tuple[Tensor | None]) -> tuple[Tensor] | None:
         (gradient,) = gradients
-        if gradient is None or number not in self.relevance:
+        if gradient is None or (relevance := self._relevance(number, layer, gradient)) is None:
+            return None
+        if relevance.dim() != gradient.dim():
+            relevance = relevance.view(gradient.shape)
+        factor = layer.multiplier()
+        if isinstance(factor, Tensor):
+            scaled = gradient + gradient * (factor * relevance)
+        else:
+            scaled = torch.addcmul(gradient, gradient, relevance, value=factor)
+        self._note(number, layer, relevance, scaled)
+        return (scaled,)
+
+    def _scale_filters(
+        self,
+        number: int,
+        layer: Guided,
+        place: int,
+        scaled_by: Callable[[Tensor, Tensor], Tensor],
+        below: tuple[Tensor | None, ...],
+        gradients: tuple[Tensor | None],
+    ) -> tuple[Tensor | None, ...] | None:
+        weight, gradient = below[place], gradients[0]
+        if weight is None or gradient is None or (relevance := self._relevance(number, layer, gradient)) is None:
+            return None
+        scaled = scaled_by(weight, 1 + layer.multiplier() * relevance)
+        self._note(number, layer, relevance, scaled)
+        return *below[:place], scaled, *below[place + 1 :]
+
+    def _relevance(self, number: int, layer: Guided, gradient: Tensor) -> Tensor | None:
+        """What to scale by at a layer, to whose output `gradient` has come; None where relevance did not."""
+        if number not in self.relevance:
             return None
         relevance = self.relevance[number]
         if self.signals.signal is not None:
-            relevance = self.signals.of(relevance, gradient, self.outputs[number], shape, path)
+            relevance = self.signals.of(relevance, gradient, self.outputs[number], layer)
         assert relevance is not None
         if not keeps_graph():
             del self.relevance[number]
             self.outputs.pop(number, None)
-        if relevance.dtype != gradient.dtype:
-            relevance = relevance.to(gradient.dtype)
-        if relevance.dim() != gradient.dim():
-            relevance = relevance.view(gradient.shape)
-        scaled = torch.addcmul(gradient, gradient, relevance, value=factor)
+        return relevance if relevance.dtype == gradient.dtype else relevance.to(gradient.dtype)
+
+    def _note(self, number: int, layer: Guided, relevance: Tensor, scaled: Tensor) -> None:
+        """Takes note of whether what was scaled is finite; the last layer of the backward pass looks."""
         self._sums.pop(number, None)
         # in float16 gradients overflow without relevance too, and a loss scaler leaves out the step
-        watched = relevance if gradient.dtype == torch.float16 else scaled
+        watched = relevance if scaled.dtype == torch.float16 else scaled
         whole = watched.sum(dtype=torch.float32)
         if is_batched(whole):
             raise UnsupportedLayer(
                 "several backward passes at once, as autograd.grad(..., is_grads_batched=True), torch.func.vmap and "
                 "jacrev make them, cannot be guided; take them one after the other"
             )
-        self._sums[number] = path, factor, whole.item() if whole.device.type == "cpu" else whole
+        seen = whole.item() if whole.device.type == "cpu" else whole.detach()
+        factor = layer.factor.item() if isinstance(layer.factor, Tensor) else layer.factor
+        self._sums[number] = layer.path, factor, seen
         if len(self._sums) == self.layers:
             self._look()
-        return (scaled,)
 
     def _look(self) -> None:
         """Waits for the device once in a step, where all is well."""

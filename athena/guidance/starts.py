@@ -5,12 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from athena.guidance.settings import one_of
 from athena.propagation.target import Target
 
-__all__ = ["IGNORED", "target_of"]
-
+__all__ = ["IGNORED", "known_target", "labels_for", "target_of"]
 IGNORED = -100
 """The label from which nothing starts, as that of which `torch.nn.functional.cross_entropy` takes no notice."""
+
+
+def known_target(name: str, target: Target) -> Target:
+    """`target`; raises a ValueError, which names the argument, where it is a text that says nothing."""
+    return one_of(name, target, ("softmax", "logits", "label")) if isinstance(target, str) else target
 
 
 def target_of(output: Any, target: Target) -> Target:
@@ -62,3 +67,15 @@ def _of_labels(z: Tensor, labels: Tensor, dim: int) -> Tensor:
         )
     logits = z.gather(dim, chosen).masked_fill(~counted.unsqueeze(dim), 0)
     return torch.zeros_like(z).scatter_(dim, chosen, logits)
+
+
+def labels_for(labels: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The class indices for a forward pass with these arguments: those set, as `Guidance.labels`, or its own."""
+    found = labels(*args, **kwargs) if callable(labels) else labels
+    found = kwargs.get("labels") if found is None else found
+    if found is None:
+        raise RuntimeError(
+            "target='label' needs the classes: set guidance.labels = y before each forward pass, or to a function "
+            "of the forward pass's arguments, or call the model with labels=y"
+        )
+    return found

@@ -7,7 +7,7 @@
 A product of matrices of which one does not depend on the input is such a layer, however it is written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,8 +73,11 @@ class AffineLRP(LRPLayer):
         return F.pad(F.pad(x, [-size for size in pad]), pad)
 
     @classmethod
-    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
-        """The weight of the layer whose output channels are multiplied by `scale`."""
+    def scaler(cls, layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function of the weight and of one number for each output channel, by which it multiplies that channel.
+
+        It keeps nothing of the graph.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -170,7 +173,7 @@ class AffineLRP(LRPLayer):
             of_bias = 0.0 if constant is None else total(constant.double() * s)
             walk.account.of_layer(walk, layer, relevance, of_bias, whole - total(z.double() * s))
             if walk.account.parameters is not None:
-                w = layer.w if layer.scale is None else cls.scaled(layer, layer.w, layer.scale)
+                w = layer.w if layer.scale is None else cls.scaler(layer)(layer.w, layer.scale)
                 kept = [] if constant is None else [constant * s]
                 walk.account.parameters.of_layer(layer, [(layer.a, w, s)], constant, kept)
         return s
@@ -180,7 +183,7 @@ class AffineLRP(LRPLayer):
         """The ``d`` of ``a`` by a rule with contributions of its own."""
         rule, a, w, constant = layer.rule, layer.a, layer.w, layer.constant(walk)
         if layer.scale is not None:
-            w = cls.scaled(layer, w, layer.scale)
+            w = cls.scaler(layer)(w, layer.scale)
         sums = rule.sums(a, w, constant)
         assert sums is not None
         inputs = sums.inputs
@@ -260,9 +263,9 @@ class LinearLRP(AffineLRP):
         return s @ w.mT if w.dim() > 1 else s.unsqueeze(-1) * w
 
     @classmethod
-    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
-        """See `AffineLRP.scaled`."""
-        return w * scale
+    def scaler(cls, layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+        """See `AffineLRP.scaler`."""
+        return torch.mul
 
 
 class LinearWithBiasLRP(LinearLRP):
@@ -343,13 +346,17 @@ class ConvolutionalLRP(AffineLRP):
         )[0]
 
     @classmethod
-    def scaled(cls, layer: Layer, w: Tensor, scale: Tensor) -> Tensor:
-        """See `AffineLRP.scaled`."""
+    def scaler(cls, layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+        """See `AffineLRP.scaler`."""
         if not layer.node._saved_transposed:
-            return w * scale.view(-1, *[1] * (w.dim() - 1))
-        groups = layer.node._saved_groups  # a transposed weight is (inputs, outputs of a group, ...)
-        parts = w.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *[1] * (w.dim() - 2))
-        return parts.flatten(0, 1)
+            return lambda w, scale: w * scale.view(-1, *[1] * (w.dim() - 1))
+        groups = layer.node._saved_groups
+
+        def scaled(w: Tensor, scale: Tensor) -> Tensor:  # a transposed weight is (inputs, outputs of a group, ...)
+            parts = w.unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *[1] * (w.dim() - 2))
+            return parts.flatten(0, 1)
+
+        return scaled
 
 
 def merged(layer: Layer) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from athena.propagation.layer import shares_memory
 
@@ -27,6 +28,7 @@ __all__ = [
     "named",
     "operands_of",
     "packs_what_it_saves",
+    "runs_under_a_selective_checkpoint",
     "tensors_in",
     "writes_in_place",
 ]
@@ -40,6 +42,11 @@ def packs_what_it_saves() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def runs_under_a_selective_checkpoint() -> bool:
+    """Whether the forward pass is in a part with a `context_fn`, through which only one backward pass may come."""
+    return any(type(mode).__name__ == "_CachingTorchDispatchMode" for mode in _get_current_dispatch_mode_stack())
+
+
 class Note:
     """What one call of an affine function, a norm, a sigmoid or the like leaves behind.
 
@@ -49,9 +56,10 @@ class Note:
         a: the input, where the graph does not keep it.
         weight, bias: of an affine function or a norm.
         pads: whether a convolution may have had zeros put around its input.
+        once: whether only one backward pass may come through the call.
     """
 
-    __slots__ = ("a", "bias", "pads", "version", "weight", "z")
+    __slots__ = ("a", "bias", "once", "pads", "version", "weight", "z")
 
     def __init__(
         self,
@@ -62,7 +70,7 @@ class Note:
     ) -> None:
         self.z = None if z is None else z.detach()
         self.version = 0 if z is None else z._version
-        self.a, self.weight, self.bias, self.pads = a, weight, bias, False
+        self.a, self.weight, self.bias, self.pads, self.once = a, weight, bias, False, False
 
     def output(self) -> Tensor | None:
         """The output, if it is still what it was."""
@@ -197,6 +205,7 @@ def _affine(notes: Notes, function: Any, args: tuple[Any, ...], kwargs: dict[str
     keeps = notes.outputs and not packs and not notes.differentiable
     note = Note(z if keeps else None, notes.kept(a) if frozen and notes.outputs else None, weight, bias)
     note.pads = "same" in (kwargs.get("padding"), *args[4:5])
+    note.once = packs and runs_under_a_selective_checkpoint()
     notes.calls[node] = note
     return z
 

@@ -24,7 +24,7 @@ class Layer:
         path: the module path that its weight belongs to; empty where that is no parameter.
         place: which operand of the node the input ``a`` is, by ``node.next_functions``.
         note: what was noted of the call, or None.
-        wanted: the LRP factor in training, or True where its relevance is asked for; else 0.
+        wanted: whether its relevance is asked for, as it is in training where it is guided.
         rule: its rule.
         z: its output, where that is known already.
         rectified: the output of the ReLU above, where that alone reads ``z``; stands in for ``z``.
@@ -50,7 +50,7 @@ class Layer:
     _w: Tensor | None = None
 
     def __init__(
-        self, node: Any, kind: "type[AffineLRP]", path: str, place: int, note: Note | None, wanted: float, rule: Rule
+        self, node: Any, kind: "type[AffineLRP]", path: str, place: int, note: Note | None, wanted: bool, rule: Rule
     ) -> None:
         self.node, self.kind, self.path, self.place, self.note = node, kind, path, place, note
         self.wanted, self.rule = wanted, rule
@@ -92,6 +92,12 @@ class Layer:
             saved = walk.constant(self.node.next_functions[self.kind.first + 1 - self.place], self.a)
         assert saved is not None
         self._w = known(saved)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight as the node multiplies with it; None where it asks for no gradient."""
+        node, number = self.node.next_functions[self.kind.first + 1 - self.place]
+        return None if node is None else tuple(node._input_metadata[number].shape)
 
     @property
     def is_plain(self) -> bool:

@@ -28,7 +28,7 @@ from athena.rules import RuleChoice
 
 __all__ = ["NotesNeeded", "Refusal", "Walk", "within_backward"]
 
-Wanted = Callable[[str, type[AffineLRP]], float]
+Wanted = Callable[[str, type[AffineLRP]], bool]
 
 
 class Refusal(UnsupportedLayer):
@@ -66,8 +66,8 @@ class Walk:
         notes: of the forward pass.
         paths: of the model.
         rules: which rule each affine layer gets.
-        wanted: in training, the factor of an affine layer by its path and LRP layer, 0 where it is not guided. None
-            where it is the input that is explained.
+        wanted: in training, whether an affine layer is guided, by its path and LRP layer. None where it is the input
+            that is explained.
         take: is called with each layer wanted and its relevance, from the top down.
         account: records what each operation holds and absorbs, or None.
         is_complete: whether notes were taken, or cannot be; else `NotesNeeded` is raised if any are missed.
@@ -232,7 +232,7 @@ class Walk:
         if (first or second) and other[0] is None and self.is_input(other, lambda: kind.operand(node, int(first))):
             return True
         note, path, place = self.notes_of.pop(node, None), None, 1 if second else 0
-        wanted = 0.0
+        wanted = False
         if self._asks_for_paths or not (first or second):
             if note is not None and note.weight is not None and not second:
                 path = self.paths.of(self.notes.original(note.weight))
@@ -245,7 +245,7 @@ class Walk:
             if self.wanted is not None and path is not None:
                 wanted = self.wanted(path, kind.public)
                 if wanted and not (first or second) and self._is_constant(node, kind, place):
-                    wanted = 0.0  # of parameters alone, as a weight is computed from them
+                    wanted = False  # of parameters alone, as a weight is computed from them
         if not (first or second or wanted):
             return kind.first == 1 and ways[0][0] in relevant
         is_first = ways[kind.first + place][0] not in self._above_layers
