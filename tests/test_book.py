@@ -64,6 +64,18 @@ def test_a_chapter_names_the_thesis_section_it_covers(path: Path) -> None:
     assert "section" in first.lower()
 
 
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem != "play"], ids=lambda path: path.stem)
+def test_a_chapter_says_what_it_teaches_and_asks_three_questions_whose_answers_are_hidden(path: Path) -> None:
+    cells = {cell.id: cell for cell in nbformat.read(path, as_version=4).cells}
+    assert len(re.findall(r"^- ", cells["learn"].source, re.MULTILINE)) >= 3
+    assert re.search(r"About \d+ minutes", cells["learn"].source)
+    for n in (1, 2, 3):
+        assert f"**{n}.**" in cells[f"exercise-{n}"].source
+        assert cells[f"solution-{n}"].metadata.tags == ["hide-cell"]
+        assert "say(" in cells[f"solution-{n}"].source
+    assert cells["summary"].source.startswith("## In short")
+
+
 def test_every_page_of_the_contents_exists_and_every_chapter_is_in_them() -> None:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
     pages = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from athena import experiments, figures, statistics, widgets
 
@@ -156,6 +157,22 @@ def test_flipping_curves_are_drawn_in_percent_with_controls_in_grey() -> None:
 def test_arrays_are_written_as_their_numbers_without_minus_zero() -> None:
     figure = figures.arrays({"in": np.array([[1.0, -2.5]]), "out": np.array([[-0.0], [-1e-9]])}, relevance=["out"])
     assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [["1", "−2.5"], ["0", "0"]]
+
+
+def test_a_network_is_drawn_with_its_numbers_and_arrows_that_turn_round() -> None:
+    ends = []
+    for backwards in (False, True):
+        _, axis = figures.canvas(1, 1, (4, 2))
+        figures.network(axis, [["1", "2"], ["3"]], {(0, 0, 0): "5", (0, 1, 0): "6"}, backwards=backwards)
+        assert [text.get_text() for text in axis.texts if text.get_text()] == ["5", "6", "1", "2", "3"]
+        ends.append([arrow.xy[0] for arrow in axis.texts if isinstance(arrow, Annotation)])
+    assert ends == [[1.6, 1.6], [0.0, 0.0]]
+
+
+def test_a_procedure_is_drawn_as_its_boxes_and_what_stands_at_its_arrows() -> None:
+    figure = figures.flow({"one": (0, 0), "two": (1, 0)}, [("one", "two", "then")], (4, 2))
+    assert [text.get_text() for text in figure.axes[0].texts if text.get_text()] == ["one", "two", "then"]
+    assert len(figure.axes[0].patches) == 2
 
 
 def test_no_figure_stays_behind_in_pyplot_or_changes_its_look(frame: pd.DataFrame) -> None:

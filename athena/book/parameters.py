@@ -20,7 +20,19 @@ FIELDS = {"dataset": "dataset", "seed": "seed", "factor": "factor", "fraction": 
 LISTS = {"factors": "factor", "whole": "factor", "linear": "factor", "fractions": "fraction", "peeked": "fraction"}
 """Parameters that are lists of such values."""
 MAY_BE_EMPTY = ("whole", "linear", "peeked")
-COUNTS = ("batch", "colour_epochs", "draws", "epochs", "images", "samples", "scored", "seeds", "steps", "timed_steps")
+COUNTS = (
+    "batch",
+    "collapse_steps",
+    "colour_epochs",
+    "draws",
+    "epochs",
+    "images",
+    "samples",
+    "scored",
+    "seeds",
+    "steps",
+    "timed_steps",
+)
 
 
 class ParameterError(ValueError):
