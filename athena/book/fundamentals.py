@@ -137,12 +137,11 @@ def filters(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = nn.Sequential(
-            nn.Conv2d(1, 8, 7, padding=3), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 10)
-        )
-    first = network[0].weight.detach().clone()
+        filters = nn.Conv2d(1, 8, 7, padding=3)
+        network = nn.Sequential(filters, nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(512, 10))
+    first = filters.weight.detach().clone()
     _train(network, images, labels, epochs * -(-len(labels) // 50), batch=50, rate=3e-3, seed=seed)
-    last = network[0].weight.detach()
+    last = filters.weight.detach()
     with torch.no_grad():
         maps = network[:2](picture[None, None])[0]
     most = float(torch.stack([first, last]).abs().max())

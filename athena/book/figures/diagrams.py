@@ -39,9 +39,9 @@ def network(
     colours = plt.get_cmap(RELEVANCE)
     for (layer, start, end), text in edges.items():
         one, other = places[layer, start], places[layer + 1, end]
-        ends = {"xy": one, "xytext": other} if backwards else {"xy": other, "xytext": one}
+        tip, tail = (one, other) if backwards else (other, one)
         look = {"arrowstyle": "-|>", "color": LINE, "linewidth": 0.9, "shrinkA": 14, "shrinkB": 14}
-        axis.annotate("", **ends, arrowprops=look, zorder=1)
+        axis.annotate("", tip, tail, arrowprops=look, zorder=1)
         from_here = 1 - NEAR if backwards else NEAR
         x, y = (a + from_here * (b - a) for a, b in zip(one, other, strict=True))
         box = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
