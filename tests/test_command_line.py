@@ -84,12 +84,12 @@ def test_claims_lists_every_claim_with_its_verdict() -> None:
     assert "published number ruled out" in shown
 
 
-def test_data_lists_the_four_data_sets_and_which_are_here(tmp_path: Path) -> None:
+def test_data_lists_the_data_sets_and_which_are_here(tmp_path: Path) -> None:
     result = athena("data")
     assert result.exit_code == 0 and str(tmp_path / "data") in result.stdout
     rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.split()[0] in data.NAMES}
     assert tuple(rows) == data.NAMES
-    assert [name for name, row in rows.items() if row.split()[1] == "True"] == ["mnist5k", "mnistm5k"]
+    assert [name for name, row in rows.items() if row.split()[1] == "True"] == ["mnist5k", "mnistm5k", "shortcut5k"]
     assert data.load("mnist5k").fingerprint in rows["mnist5k"]
 
 

@@ -1,4 +1,4 @@
-"""The two networks of thesis table 6.1. Any other PyTorch model works with this package as well.
+"""The two networks of thesis table 6.1, and a small one. Any other PyTorch model works with this package as well.
 
 To add a model to the experiments, write its function here and enter it into `MODELS` and `STEP_COST`.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-__all__ = ["MODELS", "STEP_COST", "cnn", "mlp"]
+__all__ = ["MODELS", "STEP_COST", "cnn", "mlp", "small"]
 
 
 def mlp(channels: int = 1, classes: int = 10) -> nn.Sequential:
@@ -64,7 +64,25 @@ def cnn(channels: int = 3, classes: int = 10) -> nn.Sequential:
     )
 
 
-MODELS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "cnn": cnn}
+def small(channels: int = 1, classes: int = 10) -> nn.Sequential:
+    """Layers of 50, 30 and `classes` neurons with ReLU between (Ross et al. 2017, arXiv 1703.03717, for Decoy MNIST).
+
+    Takes (batch, channels, 32, 32), gives logits (batch, classes). For experiments on what a network looks at, which
+    need no large one.
+    """
+    return nn.Sequential(
+        OrderedDict(
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(channels * 32 * 32, 50),
+            relu1=nn.ReLU(),
+            linear2=nn.Linear(50, 30),
+            relu2=nn.ReLU(),
+            linear3=nn.Linear(30, classes),
+        )
+    )
+
+
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "cnn": cnn, "small": small}
 """What `Run(model=...)` may be: functions of the number of channels and classes."""
-STEP_COST: dict[str, float] = {"mlp": 1.0, "cnn": 45.0}
+STEP_COST: dict[str, float] = {"mlp": 1.0, "cnn": 45.0, "small": 0.2}
 """Time of a training step on one image, in steps of the MLP, on a CPU."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from athena import guidance, rules
-from athena.experiments import controls, data, models, uses
+from athena.experiments import controls, data, marks, models, uses
 
 __all__ = ["CHOICES", "NUMBERS", "OPTIMIZERS", "SINCE", "Run"]
 
@@ -37,7 +37,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "restore_best": (True, False),
     "optimizer": tuple(OPTIMIZERS),
     "scored_on": ("test", "validation"),
-    "use": (None, *uses.CHOICES, *uses.GRADIENTS, *uses.LOSSES),
+    "use": (None, *marks.LOSSES, *uses.CHOICES, *uses.GRADIENTS, *uses.LOSSES),
     "score": (None, *uses.SCORES),
 }
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -56,6 +56,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "weight_decay": (float, 0.0, FLOAT32_MAX),
     "strength": (float, 0.0, FLOAT32_MAX),
     "shifts": (int, 0, 32),
+    "marked": (int, 0, 2**31 - 1),
 }
 """The fields that are numbers: of which kind, the least and the most."""
 SINCE: dict[str, Any] = {
@@ -71,6 +72,7 @@ SINCE: dict[str, Any] = {
     "optimizer": "adam",
     "shifts": 0,
     "scored_on": "test",
+    "marked": 0,
 }
 """Fields that came after the first results, with the value that all runs had before."""
 
@@ -80,7 +82,7 @@ class Run:
     """Everything that decides the outcome of one training run on one kind of machine.
 
     Attributes:
-        model: ``"mlp"`` or ``"cnn"``, thesis table 6.1.
+        model: ``"mlp"`` or ``"cnn"``, thesis table 6.1, or ``"small"``.
         dataset: a name of `athena.data.NAMES`.
         fraction: the share of the training set, in (0, 1].
         factor: the LRP factor; 0 is plain training.
@@ -98,7 +100,7 @@ class Run:
             grow with the data, as in the thesis, which names no number.
         restore_best: whether the weights of the best look are put back at the end.
         threads: CPU threads; part of a run because the order of summation, hence the last bits, depends on them.
-        every: as for `athena.Guidance`: of so many steps one is guided.
+        every: as for `athena.Guidance`: of so many steps one is guided, or looks at marked images.
         control: what stands in the place of relevance, a name of `athena.experiments.controls.CONTROLS`; None is
             relevance itself. Its random numbers are drawn apart from all others.
         smoothing: label smoothing (Szegedy et al. 2016): the share of the target that all classes have in common.
@@ -115,6 +117,8 @@ class Run:
         shifts: by how many pixels at most each training image is moved each time it is seen.
         scored_on: ``"test"``, or ``"validation"`` for the held-out tenth of the training set, by which settings are
             chosen; the test set is then not looked at.
+        marked: on how many training images, the first of the subset, the digit's own pixels are known, for the uses of
+            `athena.experiments.marks`; 0 where the use needs none.
     """
 
     model: str = "mlp"
@@ -148,6 +152,7 @@ class Run:
     optimizer: str = "adam"
     shifts: int = 0
     scored_on: str = "test"
+    marked: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -189,6 +194,8 @@ class Run:
         if self.use in uses.CHOICES and self.score is None:
             known = ", ".join(map(repr, uses.SCORES))
             raise ValueError(f"Run(use={self.use!r}, score=None): it needs a score, one of {known}")
+        if self.use in marks.LOSSES and not self.marked:
+            raise ValueError(f"Run(use={self.use!r}, marked=0): it needs marked images, such as marked=30")
 
     @property
     def is_plain(self) -> bool:

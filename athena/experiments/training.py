@@ -172,7 +172,7 @@ class _Loop:
         )
         count = len(self.images.train_labels)
         self.batches = -(-count // run.batch_size)  # in an epoch
-        self.use = None if run.use is None else uses.Use(run, model, self.device)
+        self.use = None if run.use is None else uses.Use(run, model, self.device, self.images)
         self.moves = torch.Generator(self.device).manual_seed(run.seed)  # of shifted images
         self.pool = torch.arange(count if self.use is None else self.use.first(count))  # what is trained on
         self.weights: Tensor | None = None

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from athena import relevance, rules
-from athena.experiments import controls
+from athena.experiments import controls, marks
+from athena.experiments.data import Data
 
 if TYPE_CHECKING:
     from athena.experiments.run import Run
@@ -26,15 +27,22 @@ class Use:
     """What one run does with an explanation.
 
     Args:
-        run: the run; `use`, `strength`, `score`, `control`, `target`, `rule` and `smoothing` are read.
+        run: the run; `use`, `strength`, `score`, `control`, `target`, `rule`, `smoothing`, `marked`, `every` are read.
         model: the network, an `nn.Sequential` that ends with a linear layer.
         device: where it is.
+        data: what the run is trained on; only where images of it are marked.
     """
 
-    def __init__(self, run: "Run", model: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, run: "Run", model: nn.Module, device: torch.device | str = "cpu", data: Data | None = None
+    ) -> None:
         assert isinstance(model, nn.Sequential)
         self.run, self.model = run, model
         self.generator = torch.Generator(device).manual_seed(run.seed)
+        self.steps = 0
+        self._marked = None
+        if run.marked and data is not None:
+            self._marked = marks.Marked(data, run.marked, self.generator, run.control == "shuffled")
         self.control = None if run.control is None else controls.Signal(run.control, run.seed, device)
 
     def loss(self, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
@@ -44,14 +52,28 @@ class Use:
             x, y: images (batch, channels, height, width) and labels (batch,).
             weights: how much each sample counts (batch,), or None for all alike.
         """
+        self.steps += 1
         if self.run.use in LOSSES:
             return LOSSES[self.run.use](self, x, y)
+        if self.run.use in marks.LOSSES:
+            return marks.LOSSES[self.run.use](self, x, y)
         return self.entropy(self.model(x), y, weights)
 
     def gradients(self, x: Tensor, y: Tensor) -> None:
         """Changes the gradients that ``loss.backward()`` has left."""
         if self.run.use in GRADIENTS:
             GRADIENTS[self.run.use](self, x, y)
+
+    @property
+    def marked(self) -> marks.Marked:
+        """The images on which the digit is marked."""
+        assert self._marked is not None
+        return self._marked
+
+    @property
+    def is_due(self) -> bool:
+        """Whether marked images are looked at in this step, one in `run.every`, the first included."""
+        return (self.steps - 1) % self.run.every == 0
 
     @property
     def chooses(self) -> bool:

@@ -1,7 +1,8 @@
 """The data sets: found, checked, cut to a fraction and put on the device as plain tensors.
 
-MNIST and CIFAR-10, and two stand-ins that need no download: `mnist5k` and `mnistm5k`. Not for augmentation,
-batches or worker processes: a data set here is a few tensors, and `athena.training` indexes them.
+MNIST and CIFAR-10, two stand-ins that need no download, `mnist5k` and `mnistm5k`, and MNIST with a planted shortcut.
+Not for augmentation, batches or worker processes: a data set here is a few tensors, and `athena.training` indexes
+them.
 
     data = load("mnist", fraction=0.05, seed=0, held_out=0.1)
     data.train_images       # (2700, 1, 32, 32), float32 in [0, 1]

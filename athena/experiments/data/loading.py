@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from athena.experiments import places
-from athena.experiments.data import originals, stand_ins
+from athena.experiments.data import originals, planted, stand_ins
 from athena.experiments.data.record import Arrays, DamagedData, DataError, DataSet, MissingData, UInt8, scratch
 
-DATA_SETS: dict[str, DataSet] = {record.name: record for record in (*originals.DATA_SETS, *stand_ins.DATA_SETS)}
+DATA_SETS: dict[str, DataSet] = {
+    record.name: record for record in (*originals.DATA_SETS, *stand_ins.DATA_SETS, *planted.DATA_SETS)
+}
 NAMES = tuple(DATA_SETS)
 
 HELD_OUT_SEED = 1
@@ -29,7 +31,8 @@ class Data:
     """A data set on the device. Images are (n, channels, 32, 32) float32 in [0, 1], labels (n,) int64.
 
     `validation_*` is the held-out part of the training set (n = 0 if nothing is held out). `test_masks`, for
-    `mnistm5k` alone, is (n_test, 32, 32) bool: the digit's own pixels. `fingerprint`: 16 hex digits of the sha256
+    `mnistm5k` and the data sets with a shortcut, is (n_test, 32, 32) bool: the digit's own pixels. `train_masks`, for
+    the latter alone, is the same of the training images. `fingerprint`: 16 hex digits of the sha256
     over the whole data set as uint8, the same for every fraction, seed and device. `source`: where it came from.
     """
 
@@ -43,6 +46,7 @@ class Data:
     test_masks: Tensor | None
     fingerprint: str
     source: str
+    train_masks: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -93,6 +97,7 @@ def load(
         test_masks=None if arrays.test_masks is None else torch.tensor(arrays.test_masks, device=device),
         fingerprint=arrays.fingerprint,
         source=arrays.source,
+        train_masks=None if arrays.train_masks is None else torch.tensor(arrays.train_masks[train], device=device),
     )
 
 

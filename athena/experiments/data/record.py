@@ -48,9 +48,9 @@ class DamagedData(DataError):
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """A whole data set in memory: images (n, channels, 32, 32), labels (n,), both uint8; masks (n_test, 32, 32) bool.
+    """A whole data set in memory: images (n, channels, 32, 32), labels (n,), both uint8; masks (n, 32, 32) bool.
 
-    source: where it came from, in words.
+    A mask is the digit's own pixels, where a data set knows them. source: where it came from, in words.
     """
 
     train_images: UInt8
@@ -59,6 +59,7 @@ class Arrays:
     test_labels: UInt8
     source: str
     test_masks: npt.NDArray[np.bool_] | None = None
+    train_masks: npt.NDArray[np.bool_] | None = None
 
     def problem(self) -> str | None:
         """What is wrong with the shapes, the dtypes or the labels, or None."""
@@ -84,7 +85,7 @@ class Arrays:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set. To add one, write its record into `DATA_SETS` of `originals` or `stand_ins`; nothing else changes.
+    """One data set. To add one, write its record into `DATA_SETS` of one of the files here; nothing else changes.
 
     Attributes:
         name: what `athena.data.load` and `Run` call it.
