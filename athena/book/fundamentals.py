@@ -1,7 +1,10 @@
-"""The small networks that the first chapter trains, and the pictures of them. All of it takes seconds.
+"""What the first chapter draws, and the small networks that it trains in seconds.
 
 Not here: what the chapter works out number by number, which stands in its own cells.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +21,56 @@ from torch import Tensor, nn
 from athena.attribution.superpixels import label_maps
 from athena.book.figures import GUIDED, PLAIN, RELEVANCE, THESIS, canvas, style
 
-__all__ = ["classical", "filters", "levels", "overfitting"]
+__all__ = ["bare", "classical", "filters", "levels", "numbers", "overfitting", "signed"]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def signed(value: Any, digits: int = 4) -> str:
+    """A number without superfluous zeros, its minus as long as a plus: ``"−0.5"``."""
+    return f"{round(float(value), digits) + 0.0:g}".replace("-", "−")
+
+
+def bare(axis: Axes, title: str) -> None:
+    """A picture's axes: nothing but a title."""
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=9.5)
+    axis.grid(visible=False)
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def numbers(
+    axis: Axes,
+    values: Any,
+    title: str,
+    low: float | None = None,
+    high: float | None = None,
+    boxes: Sequence[tuple[int, int, int, int]] = (),
+    known: Any = None,
+) -> None:
+    """An array in grey with its numbers written into the cells.
+
+    Args:
+        axis: to draw on.
+        values: of two dimensions.
+        title: above it.
+        low, high: what is black and what is white, by default the least and the largest value.
+        boxes: (row, column, height, width) of what to outline.
+        known: of the same shape, false where the number is not written. By default all are.
+    """
+    values = np.asarray(values, dtype=float)
+    black, white = values.min() if low is None else low, values.max() if high is None else high
+    axis.imshow(values, cmap="gray", vmin=black, vmax=white)
+    for (i, j), value in np.ndenumerate(values):
+        if known is None or known[i, j]:
+            ink = "w" if value < (black + white) / 2 else "k"
+            axis.text(j, i, signed(value, 2), ha="center", va="center", fontsize=9, color=ink)
+    for place, (row, column, height, width) in enumerate([(0, 0, *values.shape), *boxes]):
+        edge, line = (THESIS, 2.5) if place else ("#8c8c8c", 1.0)
+        corner = (column - 0.5, row - 0.5)
+        axis.add_patch(Rectangle(corner, width, height, fill=False, clip_on=False, edgecolor=edge, linewidth=line))
+    bare(axis, title)
 
 
 def levels(image: Tensor, mask: Tensor, digit: int) -> Figure:
@@ -46,7 +96,7 @@ def levels(image: Tensor, mask: Tensor, digit: int) -> Figure:
         names = (*titles, f"detection:\n“{WORDS[digit]}”, here", "segmentation:\nthese pixels")
         for axis, picture, title in zip(axes, pictures, names, strict=True):
             axis.imshow(picture.permute(1, 2, 0) if picture.ndim == 3 else picture, cmap="gray")
-            _bare(axis, title)
+            bare(axis, title)
         left, top = columns.min() - 0.5, rows.min() - 0.5
         size = columns.max() + 0.5 - left, rows.max() + 0.5 - top
         axes[3].add_patch(Rectangle((float(left), float(top)), *map(float, size), fill=False, edgecolor=THESIS, lw=2.5))
@@ -82,7 +132,7 @@ def classical(seed: int, points: int = 200) -> tuple[Figure, dict[str, float]]:
             axis.contourf(a, b, side, levels=[-1, 0.5, 2], colors=[GUIDED, THESIS], alpha=0.2)
             for kind, (mark, tone) in enumerate((("o", GUIDED), ("s", THESIS))):
                 axis.plot(*x[y == kind].T, mark, color=tone, markersize=2.5)
-            _bare(axis, f"{name}: {100 * right[name]:.0f} % right")
+            bare(axis, f"{name}: {100 * right[name]:.0f} % right")
     return figure, right
 
 
@@ -149,7 +199,7 @@ def filters(
         figure, axes = canvas(3, 8, (7.4, 3.1))
         for column in axes.T:
             for axis in column:
-                _bare(axis, "")
+                bare(axis, "")
         for k in range(8):
             for row, weight in enumerate((first, last)):
                 axes[row, k].imshow(weight[k, 0], cmap=RELEVANCE, vmin=-most, vmax=most)
@@ -184,11 +234,3 @@ def _train(
         F.cross_entropy(network(x[index]), y[index]).backward()
         optimiser.step()
     return rows
-
-
-def _bare(axis: Axes, title: str) -> None:
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=9)
-    axis.grid(visible=False)
-    for side in axis.spines.values():
-        side.set_visible(False)

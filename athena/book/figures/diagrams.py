@@ -1,8 +1,11 @@
-"""Diagrams: a network as circles and arrows with numbers on them, and a procedure as boxes and arrows."""
+"""Diagrams: networks as circles and arrows, arrays as their numbers, a procedure as boxes and arrows."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
@@ -93,4 +96,43 @@ def flow(
         xs, ys = zip(*boxes.values(), strict=True)
         axis.set(xlim=(min(xs) - 0.45, max(xs) + 0.45), ylim=(-max(ys) - 0.4, -min(ys) + 0.4))
         axis.set_axis_off()
+    return figure
+
+
+def matrices(panels: Mapping[str, Any], signed: Sequence[str] = (), width: float = 5.6) -> Figure:
+    """Arrays in a row, with their numbers in the cells.
+
+    Args:
+        panels: for each title an array of two dimensions; None for a sign, such as an arrow, which is its title.
+        signed: the titles of those that are red above 0 and blue below, all on one scale. The others are grey, by size.
+        width: in inches.
+    """
+    values: dict[str, Any] = {
+        title: None if panel is None else np.asarray(panel, dtype=float) for title, panel in panels.items()
+    }
+    most = max((np.abs(values[title]).max() for title in signed), default=1) or 1
+    columns = [0.35 if panel is None else max(panel.shape[1], 1.9) for panel in values.values()]
+    tall = max(len(panel) for panel in values.values() if panel is not None)
+    cell = (width - 0.17 * len(columns)) / sum(columns)
+    with style():
+        figure, axes = canvas(1, len(values), (width, cell * tall + 0.35), width_ratios=columns, squeeze=False)
+        for axis, wide, (title, panel) in zip(axes[0], columns, values.items(), strict=True):
+            axis.set(xticks=[], yticks=[])
+            axis.grid(visible=False)
+            sns.despine(ax=axis, left=True, bottom=True)
+            if panel is None:
+                axis.text(0.5, 0.5, title.strip(), ha="center", va="center", fontsize=13, transform=axis.transAxes)
+                continue
+            size = most if title in signed else 3 * (np.abs(panel).max() or 1)
+            shade = panel if title in signed else np.abs(panel)
+            axis.imshow(
+                shade, cmap=RELEVANCE if title in signed else "Greys", vmin=-size * (title in signed), vmax=size
+            )
+            for (i, j), value in np.ndenumerate(panel):
+                written = f"{round(value, 3) + 0.0:.4g}".replace("-", "−")
+                dark = title in signed and abs(value) > 0.6 * size
+                axis.text(j, i, written, ha="center", va="center", fontsize=9, color="w" if dark else "k")
+            middle = (panel.shape[1] - 1) / 2
+            axis.set(xlim=(middle - wide / 2, middle + wide / 2), ylim=(tall - 0.5, -0.5))
+            axis.set_title(title, fontsize=9)
     return figure
