@@ -70,7 +70,7 @@ def rule_of(value: str | float) -> rules.Rule:
 
 def _injected() -> list[str]:
     """The names that papermill has set, in the cell that it has put after the parameters."""
-    shell = get_ipython()  # type: ignore[no-untyped-call]
+    shell = get_ipython()
     cells = [] if shell is None else [cell for cell in shell.user_ns.get("In", ()) if cell.startswith("# Parameters\n")]
     lines = [line for cell in cells for line in ast.parse(cell).body if isinstance(line, ast.Assign)]
     return [target.id for line in lines for target in line.targets if isinstance(target, ast.Name)]
