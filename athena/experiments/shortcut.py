@@ -135,7 +135,7 @@ def arms(frame: pd.DataFrame) -> pd.DataFrame:
     lost = accuracy[CEILING, 0] - plain
     rows: list[dict[str, Any]] = []
     for name in ARMS:
-        for marked in sorted(marked for arm, marked in accuracy.columns if arm == name):
+        for marked in sorted(marked for arm, marked in accuracy.columns.to_flat_index() if arm == name):
             values = accuracy[name, marked]
             won = (values - plain) / lost
             row: dict[str, Any] = {"arm": name, "marked": marked}
@@ -188,7 +188,7 @@ def conclusion(frame: pd.DataFrame, timed: pd.DataFrame) -> dict[str, bool]:
     theirs = [needed(means, arm) for arm in ("masking", "marked images alone")]
     return {
         "half": "A" in gains,
-        "in_time": bool(timed.loc["relevance penalty", "high"] <= MOST_TIME),
+        "in_time": bool(timed["high"]["relevance penalty"] <= MOST_TIME),
         "fewer": {"B", "D"} <= gains and ours is not None and all(other is None or ours < other for other in theirs),
         "relevance": {"E", "F"} <= gains,
     }
