@@ -135,7 +135,7 @@ def arms(frame: pd.DataFrame) -> pd.DataFrame:
     lost = accuracy[CEILING, 0] - plain
     rows: list[dict[str, Any]] = []
     for name in ARMS:
-        for marked in sorted(marked for arm, marked in accuracy.columns.to_flat_index() if arm == name):
+        for marked in sorted(column[1] for column in accuracy.columns if column[0] == name):
             values = accuracy[name, marked]
             won = (values - plain) / lost
             row: dict[str, Any] = {"arm": name, "marked": marked}
