@@ -257,6 +257,19 @@ def test_a_users_own_loop_with_guidance_is_train_bit_for_bit(target: str) -> Non
         assert torch.equal(weight, result.model.state_dict()[name]), name
 
 
+def test_factors_are_learned_from_a_tenth_of_the_subset_that_is_not_trained_on() -> None:
+    run = replace(GUIDED, learn_every=2, normalise="max")
+    trained: set[bytes] = set()
+    looked_at: set[bytes] = set()
+    with watched(lambda network, x: (trained if network.training else looked_at).update(images(x))):
+        result = train(run)
+    here = data.load(run.dataset, run.fraction, run.seed)
+    held_out = looked_at - images(here.test_images)
+    assert len(trained) == round(0.9 * len(here.train_labels))
+    assert held_out and not held_out & trained and held_out | trained <= images(here.train_images)
+    assert bits(result) == bits(train(run)) != bits(train(replace(run, factor=0.001)))
+
+
 # What a Run is, and its key ------------------------------------------------------------------------------------------
 
 

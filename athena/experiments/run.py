@@ -12,10 +12,10 @@ import torch
 from athena import guidance, rules
 from athena.experiments import controls, data, marks, models, uses
 
-__all__ = ["CHOICES", "NUMBERS", "OPTIMIZERS", "SINCE", "Run"]
+__all__ = ["CHOICES", "HELD_OUT", "NUMBERS", "OPTIMIZERS", "SINCE", "Run"]
 
 HELD_OUT = 0.1
-"""The share of the training set that early stopping on ``monitor="validation"``, or a choice, is decided by."""
+"""The share of what is trained on that early stopping, a choice of settings, or learned factors are decided by."""
 OPTIMIZERS: dict[str, Any] = {
     "adam": functools.partial(torch.optim.AdamW, fused=True),
     "sgd": torch.optim.SGD,
@@ -57,6 +57,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "strength": (float, 0.0, FLOAT32_MAX),
     "shifts": (int, 0, 32),
     "marked": (int, 0, 2**31 - 1),
+    "learn_every": (int, 0, 2**31 - 1),
 }
 """The fields that are numbers: of which kind, the least and the most."""
 SINCE: dict[str, Any] = {
@@ -73,6 +74,7 @@ SINCE: dict[str, Any] = {
     "shifts": 0,
     "scored_on": "test",
     "marked": 0,
+    "learn_every": 0,
 }
 """Fields that came after the first results, with the value that all runs had before."""
 
@@ -119,6 +121,8 @@ class Run:
             chosen; the test set is then not looked at.
         marked: on how many training images, the first of the subset, the digit's own pixels are known, for the uses of
             `athena.experiments.marks`; 0 where the use needs none.
+        learn_every: 0, or learn the factors, one for each layer, in one step of so many, by the loss on a tenth of the
+            subset that is then not trained on. None grows beyond `factor`. See `athena.Guidance.learn`.
     """
 
     model: str = "mlp"
@@ -153,6 +157,7 @@ class Run:
     shifts: int = 0
     scored_on: str = "test"
     marked: int = 0
+    learn_every: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -201,6 +206,11 @@ class Run:
     def is_plain(self) -> bool:
         """Whether nothing is explained: no gradients are scaled, and there is no use."""
         return not self.factor and self.use is None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the factors are learned."""
+        return bool(self.factor and self.learn_every)
 
     @property
     def held_out(self) -> float:

@@ -25,7 +25,7 @@ from athena.experiments.store import Store
 
 ARM: tuple[str, ...] = (
     *("factor", "rule", "target", "scope", "normalise", "granularity", "every", "control"),
-    *("use", "strength", "score", "marked"),
+    *("use", "strength", "score", "marked", "learn_every"),
 )
 """The fields of a `Run` that say what is done with relevance. A run and its plain partner differ in these alone."""
 MOST_RUNS = 100_000

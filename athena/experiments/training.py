@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from athena import guidance, rules
 from athena.experiments import controls, data, models, uses
-from athena.experiments.run import CHOICES, NUMBERS, OPTIMIZERS, SINCE, Run
+from athena.experiments.run import CHOICES, HELD_OUT, NUMBERS, OPTIMIZERS, SINCE, Run
 
 __all__ = ["CHOICES", "MODELS", "NUMBERS", "SINCE", "Glimpse", "Result", "Run", "train", "watch"]
 
@@ -176,6 +176,9 @@ class _Loop:
         self.moves = torch.Generator(self.device).manual_seed(run.seed)  # of shifted images
         self.pool = torch.arange(count if self.use is None else self.use.first(count))  # what is trained on
         self.weights: Tensor | None = None
+        self.drawn = torch.Generator().manual_seed(run.seed)  # of what factors are learned from
+        if run.learns:
+            self.pool, self.held_out = self.pool.tensor_split([max(1, count - max(1, round(HELD_OUT * count)))])
         self.schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         if run.schedule == "onecycle":
             self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -183,7 +186,7 @@ class _Loop:
             )
         self.guidance = guidance.Guidance(
             model,
-            factor=run.factor,
+            factor="learn" if run.learns else run.factor,
             rule=rules.parse(run.rule),
             scope=run.scope,
             target=None if run.target == "predicted" else run.target,
@@ -273,6 +276,8 @@ class _Loop:
                     loss = F.cross_entropy(self.model(x), y, label_smoothing=self.run.smoothing)
                 else:
                     loss = self.use.loss(x, y, None if self.weights is None else self.weights[index])
+            if self.run.learns and self.steps % self.run.learn_every == 0:
+                self.guidance.learn(loss, self.held_out_loss, bound=abs(self.run.factor))
             loss.backward()
             if self.use is not None:
                 self.use.gradients(x, y)
@@ -286,6 +291,14 @@ class _Loop:
         for name, weights in self.model.named_parameters():
             if self.lost is None and not weights.isfinite().all():
                 self.lost = {"step": self.steps, "layer": name.rpartition(".")[0]}
+
+    def held_out_loss(self) -> Tensor:
+        """Of a batch of the images that factors are learned from."""
+        drawn = torch.randint(len(self.held_out), (self.run.batch_size,), generator=self.drawn)
+        index = self.held_out[drawn].to(self.device)
+        x = self.images.train_images[index].contiguous(memory_format=torch.channels_last)
+        with self._precision():
+            return F.cross_entropy(self.model(x), self.images.train_labels[index], label_smoothing=self.run.smoothing)
 
     @property
     def scored_on(self) -> tuple[Tensor, Tensor]:
