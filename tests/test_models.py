@@ -1,11 +1,11 @@
-"""The two networks are those of thesis table 6.1."""
+"""The two networks are those of thesis table 6.1, and the small one is that of Ross et al. 2017."""
 
 import itertools
 
 import torch
 from torch import nn
 
-from athena.models import cnn, mlp
+from athena.models import cnn, mlp, small
 
 
 def sizes(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
@@ -56,8 +56,17 @@ def test_the_cnn_has_the_layers_of_table_6_1() -> None:
     assert features(x).shape == (2, 256, 4, 4)
 
 
+def test_the_small_network_has_the_layers_of_ross_et_al() -> None:
+    assert sizes(small()) == [
+        ("linear1.weight", (50, 1024)),
+        ("linear2.weight", (30, 50)),
+        ("linear3.weight", (10, 30)),
+    ]
+    assert small(3)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_every_hidden_layer_is_followed_by_a_relu_and_the_output_is_not() -> None:
-    for model in (mlp(), cnn()):
+    for model in (mlp(), cnn(), small()):
         layers = list(model)
         for layer, above in itertools.pairwise(layers):
             if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -94,6 +94,10 @@ def test_the_conclusion_is_that_of_the_plan(won: dict[str, float], time: float, 
     assert shortcut.conclusion(measured(won), timed(time)) == expected
 
 
+def test_nothing_is_concluded_of_a_time_that_was_not_measured() -> None:
+    assert shortcut.conclusion(measured({}), None).keys() == {"half", "fewer", "relevance"}
+
+
 def test_a_remedy_needs_as_many_marks_as_its_whole_interval_asks_for() -> None:
     table = pd.DataFrame({"arm": "masking", "marked": [30, 100, 300], "won_low": [0.3, 0.49, 0.6]})
     assert shortcut.needed(table, "masking") == 300

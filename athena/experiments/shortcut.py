@@ -170,12 +170,12 @@ def needed(table: pd.DataFrame, arm: str) -> int | None:
     return None if enough.empty else int(enough["marked"].min())
 
 
-def conclusion(frame: pd.DataFrame, timed: pd.DataFrame) -> dict[str, bool]:
+def conclusion(frame: pd.DataFrame, timed: pd.DataFrame | None) -> dict[str, bool]:
     """What the plan concludes ("what counts").
 
     Args:
         frame: as `runs` gives it.
-        timed: as `times` gives it.
+        timed: as `times` gives it; None where time is not measured yet, and nothing is said of it.
 
     Returns:
         `half`: contrast A is a gain; `in_time`: the whole interval of the time lies at or below `MOST_TIME`; `fewer`: B
@@ -186,9 +186,10 @@ def conclusion(frame: pd.DataFrame, timed: pd.DataFrame) -> dict[str, bool]:
     gains = {row["contrast"] for _, row in table.iterrows() if statistics.verdict(row) == "gain"}
     ours = needed(means, "relevance penalty")
     theirs = [needed(means, arm) for arm in ("masking", "marked images alone")]
+    in_time = {} if timed is None else {"in_time": bool(timed["high"]["relevance penalty"] <= MOST_TIME)}
     return {
         "half": "A" in gains,
-        "in_time": bool(timed["high"]["relevance penalty"] <= MOST_TIME),
+        **in_time,
         "fewer": {"B", "D"} <= gains and ours is not None and all(other is None or ours < other for other in theirs),
         "relevance": {"E", "F"} <= gains,
     }
