@@ -152,7 +152,8 @@ def lrp(
 
     A layer is a linear function of PyTorch's or a product of matrices, by ``einsum`` too. One written out as a product
     of elements that is summed afterwards, ``(x[:, :, None] * w).sum(1)``, is none: its factors of parameters are
-    constants, which relevance passes as by LRP-0 whatever the rule, and it is not guided.
+    constants, which relevance passes as by LRP-0 whatever the rule, and it is not guided. Neither is `F.grouped_mm`, by
+    which transformers computes experts.
 
     Args:
         model: any module that maps a floating point tensor to (batch, classes).

@@ -193,6 +193,29 @@ def test_experts_and_their_router_get_half_of_the_relevance_each() -> None:
     closes(explained)
 
 
+def test_a_product_with_a_matrix_for_each_group_is_explained_as_its_parts() -> None:
+    """As transformers computes its experts where it can; in float32, as PyTorch has it in no more."""
+
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(2, 4, 8)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = torch.tensor([2, 6], dtype=torch.int32)
+            return self.head(F.grouped_mm(x, self.weight, offs=ends).relu())
+
+    torch.manual_seed(0)
+    model, x = Grouped(), torch.randn(6, 4)
+    explained = athena.lrp(model, x, rule=Zero())
+    leaf = x.clone().requires_grad_()
+    h = torch.cat([leaf[:2] @ model.weight[0], leaf[2:] @ model.weight[1]]).relu()
+    (gradient,) = torch.autograd.grad(model.head(h).max(1).values.sum(), leaf)
+    torch.testing.assert_close(explained.input, x * gradient, rtol=1e-4, atol=1e-5)
+    kept = explained.conservation()[["bias", "stabiliser"]].to_numpy().sum()
+    assert kept + explained.input.sum().item() == pytest.approx(explained.output.sum().item(), rel=1e-4)
+
+
 def test_experts_are_guided() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(Experts(), nn.Linear(6, 3)).double(), images(2, 5, 6)

@@ -613,6 +613,31 @@ def test_multi_head_attention_conserves_and_computes_what_it_computed(options: d
     assert "attention.out_proj" in explained.layers
 
 
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_learned_bias_of_attention_keeps_its_share_and_the_account_says_so(
+    heads: tuple[int, ...], computed: bool
+) -> None:
+    """As that of T5, for the distances between tokens."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.bias = nn.Parameter(torch.randn(1, *heads, 5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = (layer(x) for layer in self.layers)
+            bias = self.bias.exp() if computed else self.bias
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            return mixed.flatten(1, -2).mean(1)
+
+    explained = athena.lrp(Biased().double(), images(3, *heads, 5, 4))
+    kept = explained.conservation()[["bias", "stabiliser"]].to_numpy().sum()
+    whole = explained.output.sum().item()
+    assert kept + explained.input.sum().item() == pytest.approx(whole, abs=1e-9 * abs(whole))
+
+
 def test_attention_masks_mean_what_they_mean_to_pytorch() -> None:
     model = nn.MultiheadAttention(8, 2).double().eval()
     x = images(5, 3, 8)

@@ -27,6 +27,7 @@ COUNTS = (
     "draws",
     "epochs",
     "images",
+    "marked",
     "samples",
     "scored",
     "seeds",

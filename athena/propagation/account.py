@@ -86,6 +86,8 @@ class Account:
         """Books what came to an operation and did not go on to its operands, if it has constant ones."""
         ways = node.next_functions
         call = self.trace.call_of(node)
+        if call is None and (scores := walk.scores.pop(node, None)) is not None:
+            self._measure_mask(walk, node, given, downs, scores)
         every = len(ways) > 1 and all(below in walk.relevant for below, _ in ways)  # numbers have no way of their own
         if node in walk.merged or call is None or call.out is None or (every and not walk.zeros):
             return
@@ -100,6 +102,21 @@ class Account:
                 went += total((nonzero(x) if walk.zeros else x) * down)
         if abs(came - went) > 1e-12 * abs(came):
             self.add(node, came, came - went)
+
+    def _measure_mask(
+        self, walk: "Walk", node: Any, given: Any, downs: Sequence[Tensor | None], scores: Tensor
+    ) -> None:
+        """Books what a learned bias keeps that attention adds to its scores; these are known but for a constant."""
+        call, kept = self.trace.caller_of(node), 0.0
+        operands = {} if call is None else call.operands
+        for way, down in zip(node.next_functions, downs, strict=False):
+            if way[0] not in walk.relevant and down is not None:
+                while way not in operands and way[0].name() in ("UnsqueezeBackward0", "ExpandBackward0"):
+                    way = way[0].next_functions[0]  # its shape is broadcast
+                if way not in operands:
+                    return
+                kept += total(operands[way] * down)
+        self.add(node, total(scores * given[0]), kept)
 
     def passed(self, walk: "Walk", node: Any, given: Sequence[Tensor | None], downs: Sequence[Tensor | None]) -> None:
         """Books what an operation was given and what it sent down."""

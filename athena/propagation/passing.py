@@ -50,14 +50,18 @@ class SelectionLRP(LRPLayer):
 
 
 class AveragePoolingLRP(LRPLayer):
-    """Average pooling, means, up-sampling and the like: linear layers with fixed weights and no bias."""
+    """Average pooling, means, up-sampling and the like: linear layers with fixed weights and no bias.
+
+    So are products with a matrix for each group of rows, by which transformers computes a mixture of experts; they are
+    explained by LRP-0.
+    """
 
     kinds = _each(
         "AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D Mean Neg ReflectionPad1D ReflectionPad2D",
         "ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D UpsampleNearest1D UpsampleNearest2D",
         "UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D UpsampleLinear1D",
         "UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D UpsampleBicubic2DAa UpsampleTrilinear3D",
-        "NativeDropout MkldnnAdaptiveAvgPool2D",
+        "NativeDropout MkldnnAdaptiveAvgPool2D GroupedMm",
     )
 
     @classmethod

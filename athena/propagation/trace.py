@@ -118,6 +118,12 @@ class Trace(Notes):
         """The call that has made the node itself, or None."""
         return self._made.get(node)
 
+    def caller_of(self, node: Any) -> Call | None:
+        """The call within which the node was made, also where the function has called others."""
+        while node is not None and node not in self._made:
+            node = self._readers.get(node)
+        return self._made.get(node)
+
     def place_of(self, node: Any) -> tuple[int, str]:
         """When the node was made, and the path of the module that was running."""
         while node is not None:
