@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from athena._imports import needed
 from athena.propagation.account import Account, Row
-from athena.propagation.inputs import Inputs, module_at
+from athena.propagation.inputs import Inputs, module_at, outside_inference_mode
 from athena.propagation.layer import UnsupportedLayer, nonzero, total
 from athena.propagation.notes import Notes, tensors_in
 from athena.propagation.operations import recording
@@ -280,7 +280,7 @@ def _explain(
     weights = ParameterRelevance(model) if parameters else None
     asking = asking_for_gradients(model) if parameters else nullcontext()
     with (
-        torch.inference_mode(False),
+        outside_inference_mode(),
         torch.enable_grad(),
         _eval_mode(paths.modules.values()),
         _full_precision(device),
@@ -318,6 +318,12 @@ def _explain(
                 raise NotesNeeded(zeros=True)
             del output
             found = within_backward(walk, starts) if notes.packs else walk.run(starts)
+            inputs = tuple(
+                torch.zeros_like(tensor)
+                if (d := found.get(place)) is None
+                else (nonzero(tensor) if walk.reaches_zeros else tensor) * d
+                for tensor, place in zip(sources, places, strict=True)
+            )
     if not found:
         where = "the input" if given.at is None else f"the output of {given.at!r}"
         raise UnsupportedLayer(
@@ -326,13 +332,6 @@ def _explain(
         )
     if passage is not None:
         passage.require_all_reached()
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-        inputs = tuple(
-            torch.zeros_like(tensor)
-            if (d := found.get(place)) is None
-            else (nonzero(tensor) if walk.reaches_zeros else tensor) * d
-            for tensor, place in zip(sources, places, strict=True)
-        )
     if outputs is not None:
         for place, d in found.items():
             outputs.take(place, [d])
@@ -363,7 +362,7 @@ def _random_numbers(device: torch.device, state: Tensor, state_there: Tensor | N
 def _sizes(inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """What tells the same explanation from another: the sum of the magnitudes, for each input."""
     parts = [part.detach() for part in inputs]
-    return [torch.linalg.vector_norm(part if part.element_size() > 2 else part.float(), 1) for part in parts]
+    return [(part if part.element_size() > 2 else part.float()).abs().sum() for part in parts]
 
 
 def _full(tensor: Tensor) -> Tensor:

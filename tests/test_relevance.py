@@ -891,6 +891,59 @@ def test_activations_go_as_relevance_comes_down(rule: str) -> None:
     assert len(explained.layers) == 3
 
 
+class Normalised(nn.Module):
+    """Batch norm above two convolutions, read twice; it knows the memory of the upper one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.above = nn.Conv2d(2, 3, 1), nn.Conv2d(3, 3, 1)
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.above(self.below(x).relu())
+        self.memory = StorageWeakRef(z.untyped_storage())
+        normed = self.norm(z)
+        return self.head((normed + normed.relu()).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_what_a_merged_batch_norm_has_saved_goes_as_relevance_comes_down() -> None:
+    model, gone = Normalised(), []
+
+    class Observed(Epsilon):
+        @property
+        def stabiliser(self) -> float:
+            gone.append(model.memory.expired())
+            return self.epsilon
+
+    lowest = Observed()
+    athena.lrp(model, torch.rand(2, 2, 4, 4), rule=lambda path, module: lowest if path == "below" else Epsilon())
+    assert not gone[0] and gone[-1]
+
+
+class Twice(nn.Module):
+    """Returns what a layer gives, and its ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.second(self.first(x).relu())
+        return z, z.relu()
+
+
+def test_relevance_of_a_layer_that_is_an_output_adds_up_with_that_of_its_relu() -> None:
+    model, x = Twice().double(), images(3, 4)
+    chosen = [(0,), (1,), (0, 1)]
+    linear, rectified, both = (
+        athena.lrp(
+            model, x, lambda out, places=places: tuple(out[i] if i in places else None for i in (0, 1)), Epsilon(0.1)
+        ).input
+        for places in chosen
+    )
+    torch.testing.assert_close(both, linear + rectified)
+
+
 def test_layers_are_worked_out_once() -> None:
     model = Watched().double()
     explained = athena.lrp(model, images(4, 5))

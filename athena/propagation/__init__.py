@@ -1,10 +1,10 @@
 """The walk down the graph, and what each kind of node does to relevance.
 
-`layer` says what an LRP layer is; `affine`, `norms`, `products`, `activations`, `fused`, `passing` and `recurrent` hold
+`layer` says what an LRP layer is; `affine`, `norms`, `products`, `activations`, `passing` and `recurrent` hold
 them by their kind, and `euler` what has none of its own; `notes` is what the graph does not tell, `operations` what was
-computed; `walk` goes down the graph, `target` says where relevance starts.
+computed; `graph` finds where relevance may come to, `walk` sends it down, `target` says where it starts.
 """
 
-from athena.propagation import activations, affine, euler, fused, norms, passing, products, recurrent
+from athena.propagation import activations, affine, euler, norms, passing, products, recurrent
 
-__all__ = ["activations", "affine", "euler", "fused", "norms", "passing", "products", "recurrent"]
+__all__ = ["activations", "affine", "euler", "norms", "passing", "products", "recurrent"]

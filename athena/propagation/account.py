@@ -1,6 +1,5 @@
 """The account of a relevance pass: what each layer held, and what each operation kept of it."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +9,7 @@ from athena.propagation.layer import layer_of_kind, nonzero, total
 from athena.propagation.notes import tensors_in
 from athena.propagation.outputs import ModuleOutputs
 from athena.propagation.parameters import ParameterRelevance
+from athena.propagation.paths import numbered
 from athena.propagation.trace import Trace
 
 if TYPE_CHECKING:
@@ -144,10 +144,5 @@ class Account:
 
     @staticmethod
     def _named(entries: Sequence[tuple[int, int, str, Any]]) -> tuple[list[str], list[Any]]:
-        uses: Counter[str] = Counter()
-        paths, values = [], []
-        for _, _, path, value in sorted(entries, key=lambda entry: entry[:2]):
-            uses[path] += 1
-            paths.append(path if uses[path] == 1 else f"{path}#{uses[path]}")
-            values.append(value)
-        return paths, values
+        ordered = sorted(entries, key=lambda entry: entry[:2])
+        return numbered(path for _, _, path, _ in ordered), [value for *_, value in ordered]

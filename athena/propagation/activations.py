@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, nonzero, over, total
+from athena.propagation.layer import LRPLayer, known, nonzero, over, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -27,7 +27,7 @@ class ReLULRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient, unless neurons that are 0 may have relevance."""
-        if walk.zeros and (x := walk.input(node)) is not None and (z := walk.output(node)) is not None:
+        if walk.zeros and (x := input_of(walk, node)) is not None and (z := walk.output(node)) is not None:
             (d,) = given
             assert d is not None
             return (d * nonzero(z) / nonzero(x), *(None for _ in node.next_functions[1:]))
@@ -46,16 +46,12 @@ class RectifierLRP(ReLULRP):
             return super().down(walk, node, given)
         d, z = given[0], node._saved_result
         assert d is not None
-        below = node.next_functions[0][0]
-        if below not in walk.shared:
-            layer = walk.layers.get(below)
-            if layer is not None:
-                layer.rectified = z
-                if layer.rule.stabiliser > 0 or layer.rule.asks_for_sums:
-                    return (d,)
-            elif (walk.merges and below.name().endswith("BatchNormBackward0")) or walk.reads_value(below):
-                walk.rectified[below] = z
-        return (torch.ops.aten.threshold_backward(d, z, 0),)
+        (edge,) = node.next_functions
+        walk.remember(edge, z, rectified=True)
+        layer = walk.layers.get(edge[0])
+        if layer is not None and edge[0] not in walk.shared and layer.divides:
+            return (d,)
+        return (torch.ops.aten.threshold_backward.default(d, z, 0),)
 
 
 class ActivationLRP(LRPLayer):
@@ -94,20 +90,52 @@ class ActivationLRP(LRPLayer):
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """``d (f(x) - f(0)) / x``, and nothing where ``x`` is 0."""
-        (d,), x = given, walk.input(node)
+        (d,), x = given, input_of(walk, node)
         assert d is not None
         kind = node.name().partition("Backward")[0]
         if x is None or len([1 for below, _ in node.next_functions if below in walk.relevant]) != 1:
             walk.refuse(node)
-        walk.remember_input(node, x)
+        walk.remember(node.next_functions[0], x)
         if kind in cls.ratios and not walk.zeros:
             return (d * cls.ratios[kind](node, x),)
         function = cls.functions.get(kind) or (lambda node, x: x * cls.ratios[kind](node, x))
-        z, at_zero = function(node, x), function(node, x.new_zeros(())).item()
+        z = function(node, x)
+        at_zero = 0.0 if kind in ZERO_AT_ZERO else function(node, torch.zeros((), dtype=x.dtype)).item()
         if walk.zeros:
             down = d * (nonzero(z) - at_zero) / nonzero(x)
+        elif torch.is_grad_enabled():
+            down = over((z - at_zero) * d, x)
         else:
-            down = over((z - at_zero) * d if torch.is_grad_enabled() else z.sub_(at_zero).mul_(d), x)
+            down = over((z.sub_(at_zero) if at_zero else z).mul_(d), x)
         if at_zero and walk.account is not None:
             walk.account.add(node, total(d * function(node, x)), at_zero * total(d))
         return (down,)
+
+
+ZERO_AT_ZERO = ("Gelu", "Elu", "Celu", "Mish", "Tanh", "Erf", "Softshrink", "Hardshrink", "Threshold", "Sqrt")
+"""Activations that are 0 at 0 whatever their parameters."""
+INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "SigmoidBackward0": torch.logit,
+    "TanhBackward0": torch.atanh,
+    "SqrtBackward0": torch.square,
+}
+"""By the node of an activation that is remembered by its output: from that to its input."""
+
+
+def input_of(walk: "Walk", node: Any) -> Tensor | None:
+    """The input of an activation, if there is a way to tell."""
+    note, name = walk.notes_of.pop(node, None), node.name()
+    if note is not None and note.a is not None:
+        walk.uses_notes = True
+        return note.a
+    if name not in INVERSES:
+        saved = getattr(node, "_saved_self", None)
+        return known(saved) if isinstance(saved, Tensor) else None
+    if name != "SqrtBackward0":
+        walk.uses_notes = True
+        layer = walk.layers.get(node.next_functions[0][0])
+        if layer is not None and layer.node not in walk.shared:
+            layer.z = layer.kind.output(walk, layer)
+            return layer.z
+        walk.require_notes()
+    return INVERSES[name](node._saved_result)

@@ -88,9 +88,9 @@ class AffineLRP(LRPLayer):
     @classmethod
     def output(cls, walk: "Walk", layer: Layer) -> Tensor:
         """``z``, from the nearest place where it is known; computed once more where it is not."""
-        if layer.rectified is not None:
-            return layer.rectified
-        z = layer.z if layer.z is not None else walk.values.pop(layer.node, None)
+        z = layer.z
+        if z is None and (z := walk.values.pop(layer.node, None)) is not None:
+            layer.rectified = layer.node in walk.rectified
         if z is None and layer.note is not None and layer.bias is None:
             z = layer.note.output()
         walk.uses_notes |= z is None or (layer.note is not None and z is layer.note.z)
@@ -121,7 +121,7 @@ class AffineLRP(LRPLayer):
         if (
             cls.first and ways[0][0] in walk.relevant
         ):  # what is added and depends on the input gets its share of the sum
-            downs[0] = d * node._saved_beta
+            downs[0] = _times(d, node._saved_beta)
         return downs
 
     @classmethod
@@ -150,7 +150,6 @@ class AffineLRP(LRPLayer):
         explains = walk.account is not None
         z = cls.output(walk, layer)
         z = z if z.shape == d.shape else z.reshape(d.shape)
-        rectified = layer.rectified is not None
         relevance = (nonzero(z) if walk.zeros else z) * d if layer.wanted or rule.asks_for_sums or explains else None
         if layer.wanted and relevance is not None:
             walk.take(layer, relevance)
@@ -161,10 +160,10 @@ class AffineLRP(LRPLayer):
         if epsilon == 0:
             s = d
         elif relevance is not None and not walk.zeros:
-            size = z + epsilon if rectified else z + torch.full_like(z, epsilon).copysign_(z)
+            size = z + epsilon if layer.rectified else z + torch.full_like(z, epsilon).copysign_(z)
             s = torch.div(relevance, size, out=size)
         else:
-            size = z if rectified else z.abs()
+            size = z if layer.rectified else z.abs()
             size = nonzero(size) if walk.zeros else size
             s = (d * size).div_(size + epsilon)
         if walk.account is not None:
@@ -227,13 +226,13 @@ class LinearLRP(AffineLRP):
     """Fully connected layers (thesis 3.6.4), and other products of matrices."""
 
     kinds: ClassVar[tuple[str, ...]] = ("Mm", "Bmm", "Mv")
-    names: ClassVar[tuple[str, str]] = ("_saved_self", "_saved_mat2")
 
     @classmethod
     def operand(cls, node: Any, place: int) -> Any:
         """See `AffineLRP.operand`."""
-        name = cls.names[place]
-        return getattr(node, "_saved_vec" if name == "_saved_mat2" and node.name() == "MvBackward0" else name)
+        if place == 0:
+            return node._saved_self
+        return node._saved_vec if node.name() == "MvBackward0" else node._saved_mat2
 
     @classmethod
     def folded(cls, a: Tensor) -> Tensor:
@@ -273,7 +272,6 @@ class LinearWithBiasLRP(LinearLRP):
 
     kinds: ClassVar[tuple[str, ...]] = ("Addmm", "Baddbmm")
     first = 1
-    names = ("_saved_mat1", "_saved_mat2")
 
     @classmethod
     def operand(cls, node: Any, place: int) -> Any:
@@ -290,18 +288,17 @@ class LinearWithBiasLRP(LinearLRP):
     @classmethod
     def channels(cls, layer: Layer, of_channels: Tensor) -> Tensor:
         """See `AffineLRP.channels`."""
-        return of_channels if layer.is_plain else of_channels * layer.node._saved_beta
+        return _times(of_channels, layer.node._saved_beta)
 
     @classmethod
     def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
         """See `AffineLRP.apply`."""
-        z = super().apply(layer, a, w)
-        return z if layer.is_plain else z * layer.node._saved_alpha
+        return _times(super().apply(layer, a, w), layer.node._saved_alpha)
 
     @classmethod
     def pull(cls, layer: Layer, s: Tensor, w: Tensor) -> Tensor:
         """See `AffineLRP.pull`."""
-        return super().pull(layer, s if layer.is_plain else s * layer.node._saved_alpha, w)
+        return super().pull(layer, _times(s, layer.node._saved_alpha), w)
 
 
 class ConvolutionalLRP(AffineLRP):
@@ -328,7 +325,7 @@ class ConvolutionalLRP(AffineLRP):
     def apply(cls, layer: Layer, a: Tensor, w: Tensor) -> Tensor:
         """The same convolution, without its bias."""
         n = layer.node
-        return torch.ops.aten.convolution(
+        return torch.ops.aten.convolution.default(
             *(a, w, None, n._saved_stride, n._saved_padding, n._saved_dilation),
             *(n._saved_transposed, n._saved_output_padding, n._saved_groups),
         )
@@ -340,7 +337,7 @@ class ConvolutionalLRP(AffineLRP):
         a = layer._a if layer._a is not None else cls.operand(n, 0)
         if a is None:
             a = layer.a
-        return torch.ops.aten.convolution_backward(
+        return torch.ops.aten.convolution_backward.default(
             *(s, a, w, None, n._saved_stride, n._saved_padding, n._saved_dilation),
             *(n._saved_transposed, n._saved_output_padding, n._saved_groups, (True, False, False)),
         )[0]
@@ -357,6 +354,10 @@ class ConvolutionalLRP(AffineLRP):
             return parts.flatten(0, 1)
 
         return scaled
+
+
+def _times(tensor: Tensor, number: float) -> Tensor:
+    return tensor if number == 1 else tensor * number
 
 
 def merged(layer: Layer) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, UnsupportedLayer, nonzero, total
+from athena.propagation.layer import LRPLayer, UnsupportedLayer, gradients, nonzero, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -140,8 +140,7 @@ class ScatteringLRP(EulerLRP):
         """The gradient. For an account it is tried nevertheless, as something constant may keep a share."""
         if walk.account is not None and walk.operation(node) is not None:
             return super().down(walk, node, given)
-        downs = node(*given)
-        return downs if isinstance(downs, tuple) else (downs,)
+        return gradients(node, given)
 
 
 class CopyIntoPartLRP(ScatteringLRP):

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from athena.propagation.notes import tensors_in
 from athena.propagation.target import described, mapped
 
-__all__ = ["Inputs", "module_at"]
+__all__ = ["Inputs", "module_at", "outside_inference_mode"]
 
 
 def module_at(model: nn.Module, path: str, argument: str) -> nn.Module:
@@ -24,6 +25,11 @@ def module_at(model: nn.Module, path: str, argument: str) -> nn.Module:
         near = " or ".join(map(repr, difflib.get_close_matches(str(path), modules, 3, 0.4))) or "model.named_modules()"
         raise ValueError(f"{argument}: {type(model).__name__} has no module {path!r}; see {near}")
     return modules[path]
+
+
+def outside_inference_mode() -> AbstractContextManager[Any]:
+    """A block in which autograd records; to leave a mode that is not on takes time."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 class Inputs:
@@ -51,7 +57,7 @@ class Inputs:
         self._is_single = not isinstance(x, tuple | dict)
         self._names = list(x) if isinstance(x, dict) else None
         values = list(x.values()) if isinstance(x, dict) else list(x) if isinstance(x, tuple) else [x]
-        with torch.inference_mode(False):
+        with outside_inference_mode():
             own = Tensor.clone if any(value.is_inference() for value in tensors_in(values)) else Tensor.detach
             self._values = mapped(values, lambda tensor: full(tensor if keeps_graph else own(tensor)))
         floating = [isinstance(value, Tensor) and value.is_floating_point() for value in values]

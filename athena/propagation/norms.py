@@ -38,6 +38,7 @@ def inverse_deviation(saved: Tensor, node: Any, variance: Callable[[Tensor], Ten
 class BatchNormLRP(LRPLayer):
     """Batch norm, and instance norm, which PyTorch runs as batch norm of more channels."""
 
+    hands_on_output = True
     kinds = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
     @classmethod
@@ -46,7 +47,7 @@ class BatchNormLRP(LRPLayer):
         d = given[0]
         assert d is not None
         shape, none = (-1, *[1] * (d.dim() - 2)), [None] * (len(node.next_functions) - 1)
-        weight, rectified = node._saved_weight, walk.rectified.pop(node, None)
+        weight, z = node._saved_weight, walk.values.pop(node, None)
         if getattr(node, "_saved_training", True):
             dims = 0, *range(2, d.dim())
             inverse = inverse_deviation(node._saved_result2, node, lambda x: x.var(dims, correction=0))
@@ -59,12 +60,12 @@ class BatchNormLRP(LRPLayer):
         scale = scale if weight is None else scale * weight
         layer = walk.layers.get(node.next_functions[0][0])
         if layer is not None and walk.merges and merged(layer):
-            return [cls.merge(walk, node, layer, scale, d, shape, rectified), *none]
+            return [cls.merge(walk, node, layer, scale, d, shape, z), *none]
         x, down = node._saved_input, d * scale.view(shape)
         if walk.account is not None:
             bias, shift = cls.bias(walk, node, d), -node._saved_running_mean * scale
             book(walk, node, down, x, d, shift if bias is None else bias + shift, shape)
-        walk.remember_input(node, x)
+        walk.remember(node.next_functions[0], x)
         return [down, *none]
 
     @classmethod
@@ -82,9 +83,7 @@ class BatchNormLRP(LRPLayer):
             layer.bias_edge = node.next_functions[2]
         if z is None:
             z = (node._saved_input * scale.view(shape)).add_(layer.shift.view(shape))
-            layer.z = z
-        else:
-            layer.rectified = z
+        layer.z, layer.rectified = z, node in walk.rectified
         if walk.through is not None and layer.node in walk.through:
             d = walk.through.kept(walk, layer.node, d, z)
         s = layer.kind.at(walk, layer, d)
@@ -127,7 +126,7 @@ class NormalisationLRP(LRPLayer):
         if walk.account is not None:
             shift = node._saved_bias
             book(walk, node, down, x, d, shift, (1,) if shift is None else shift.shape)
-        walk.remember_input(node, x)
+        walk.remember(node.next_functions[0], x)
         return [down, *[None] * (len(node.next_functions) - 1)]
 
 

@@ -1,6 +1,5 @@
 """The relevance of what chosen modules give out, whatever they do."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from athena.propagation.layer import nonzero
 from athena.propagation.notes import tensors_in
+from athena.propagation.paths import numbered
 
 __all__ = ["ModuleOutputs"]
 
@@ -71,15 +71,11 @@ class ModuleOutputs:
     @property
     def found(self) -> dict[str, Any]:
         """The relevance of each module's output in forward order; ``path#2`` for a second call."""
-        uses: Counter[str] = Counter()
         found: dict[str, Any] = {}
-        for path, parts in self._calls:
-            uses[path] += 1
+        for path, (_, parts) in zip(numbered(path for path, _ in self._calls), self._calls, strict=True):
             relevance = tuple(
                 value.new_zeros(value.shape) if (its := self._relevance.get(edge)) is None else its.reshape(value.shape)
                 for edge, value in parts
             )
-            found[path if uses[path] == 1 else f"{path}#{uses[path]}"] = (
-                relevance[0] if len(relevance) == 1 else relevance
-            )
+            found[path] = relevance[0] if len(relevance) == 1 else relevance
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from athena.propagation.layer import layer_of_kind, nonzero, number_of_outputs
+from athena.propagation.layer import gradients, layer_of_kind, nonzero, number_of_outputs
 from athena.propagation.passing import SelectionLRP
 
 if TYPE_CHECKING:
@@ -73,13 +73,12 @@ class ParameterRelevance:
         kind = layer_of_kind(node.name())
         if not constant or node in walk.merged or kind is None or kind.is_affine:
             return
-        downs = node(*given)
-        downs = downs if isinstance(downs, tuple) else (downs,)
+        downs = gradients(node, given)
         for place in constant:
             is_divisor = place == 1 and node.name() == "DivBackward0"
-            if downs[place] is not None and not is_divisor:
+            if (down := downs[place]) is not None and not is_divisor:
                 shape = ways[place][0]._input_metadata[ways[place][1]].shape
-                self._send_gradient(ways[place], downs[place].sum_to_size(shape))
+                self._send_gradient(ways[place], down.sum_to_size(shape))
 
     def _send(self, edge: Any, relevance: Tensor, value: Tensor) -> None:
         """Has relevance come to `value`, which stands at `edge` of the graph."""

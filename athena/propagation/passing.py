@@ -19,22 +19,14 @@ def _each(*names: str) -> tuple[str, ...]:
 class FlattenLRP(LRPLayer):
     """Flatten and its kin: the same elements in another shape, each of them once."""
 
-    is_view = True
+    is_view = hands_on_output = True
     kinds = _each("View UnsafeView ReshapeAlias Squeeze Unsqueeze Transpose T Permute Clone ToCopy Alias Contiguous")
 
     @classmethod
     def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """The gradient; where the output is known, so is the input."""
-        (below, _) = node.next_functions[0]
-        rectified = walk.rectified.pop(node, None)
-        if rectified is not None and below not in walk.shared:
-            if below in walk.layers:
-                walk.layers[below].rectified = node(rectified)
-            elif walk.reads_value(below):
-                walk.rectified[below] = node(rectified)
-        value = walk.values.pop(node, None)
-        if value is not None and walk.reads_value(below):
-            walk.values[below] = node(value)  # the way back of a new shape is the old one
+        if node in walk.values:  # the way back of a new shape is the old one
+            walk.remember(node.next_functions[0], node(walk.values.pop(node)), node in walk.rectified)
         return super().down(walk, node, given)
 
 

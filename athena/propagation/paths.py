@@ -1,19 +1,30 @@
 """The names of layers: from a weight, or what it is computed from, to the module path of the layer that owns it."""
 
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from athena.propagation.layer import UnsupportedLayer
 
-__all__ = ["Paths", "path_of_parameter"]
+__all__ = ["Paths", "numbered", "path_of_parameter"]
 
 # A layer's weight, and what it is computed from by weight norm, spectral norm or pruning.
 _WEIGHT = re.compile(r"\.(weight(_g|_v|_orig)?|parametrizations\.weight\..+)$")
 
 JOINING = ("AddBackward0", "SubBackward0", "CatBackward0", "StackBackward0")
+
+
+def numbered(paths: Iterable[str]) -> list[str]:
+    """`paths`, each further use of one with its number: ``path#2``."""
+    uses: Counter[str] = Counter()
+    found = []
+    for path in paths:
+        uses[path] += 1
+        found.append(path if uses[path] == 1 else f"{path}#{uses[path]}")
+    return found
 
 
 def path_of_parameter(name: str) -> str:

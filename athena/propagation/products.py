@@ -44,16 +44,22 @@ class ProductLRP(LRPLayer):
             if shares_memory(factor, walk.notes.given):
                 down *= 0.5
             return [down, None] if place == 0 else [None, down]
-        downs = list(node(*given))
+        (d,) = given
+        assert d is not None
+        alone: int | None = None  # the place of the only factor that gets any
         if left in walk.relevant and right in walk.relevant:
-            if is_linear_in_all_of(walk, node.next_functions[0], node.next_functions[1]):
-                downs[1] = None
-            elif is_linear_in_all_of(walk, node.next_functions[1], node.next_functions[0]):
-                downs[0] = None
+            edges = node.next_functions
+            if is_linear_in_all_of(walk, edges[0], edges[1]):
+                alone = 0
+            elif is_linear_in_all_of(walk, edges[1], edges[0]):
+                alone = 1
             elif walk.gates == "signal" and is_gate(left) != is_gate(right):
-                downs[0 if is_gate(left) else 1] = None
+                alone = int(is_gate(left))
             else:
-                downs = [None if down is None else down * 0.5 for down in downs]
+                d = d * 0.5
+        downs = list(node(d))
+        if alone is not None:
+            downs[1 - alone] = None
         if walk.account is not None and walk.zeros:  # no factor can bear what was sent to a product of 0
             walk.account.measure(walk, node, given, downs)
         return downs
@@ -121,6 +127,33 @@ class DivisionLRP(LRPLayer):
             walk.exponentials[exponential] = came + total(parts), size + total(parts.abs())
             return downs
         return (downs[0], *(None for _ in node.next_functions[1:]))
+
+
+class AddedProductLRP(LRPLayer):
+    """``a + b c``: the product passes half of its share to each factor that depends on the input."""
+
+    is_elementwise = broadcasts = divides = constants_keep = True
+    kinds = ("Addcmul",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient, half of it to each of two factors."""
+        downs = list(super().down(walk, node, given))
+        if all(below in walk.relevant for below, _ in node.next_functions[1:]):
+            downs[1:] = [None if down is None else down * 0.5 for down in downs[1:]]
+        return downs
+
+
+class AddedQuotientLRP(LRPLayer):
+    """``a + b / c``: the divisor gets nothing."""
+
+    is_elementwise = broadcasts = divides = constants_keep = True
+    kinds = ("Addcdiv",)
+
+    @classmethod
+    def down(cls, walk: "Walk", node: Any, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradient, but to the divisor."""
+        return (*super().down(walk, node, given)[:2], None)
 
 
 def is_normalised(walk: "Walk", node: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import known, nonzero, over
+from athena.propagation.layer import known, nonzero
 from athena.propagation.notes import tensors_in
 
 __all__ = ["Target", "described", "mapped", "start", "starts_down"]
@@ -73,7 +73,8 @@ def _over(relevance: Tensor, output: Tensor, zeros: bool) -> Tensor:
     """``relevance / output``."""
     if zeros:
         return relevance / nonzero(known(output))
-    return over(relevance.clone(), known(output)).nan_to_num(0.0, 0.0, 0.0)
+    is_zero = output == 0
+    return (relevance / known(output).masked_fill(is_zero, 1)).masked_fill(is_zero, 0).nan_to_num(0.0, 0.0, 0.0)
 
 
 def _tensor(output: Any) -> Tensor:

@@ -108,7 +108,7 @@ class Through:
         layer = walk.layers.get(node)
         if layer is not None and layer.passes:  # merged with a batch norm above, where it was cut
             return
-        rectified = None if layer is None else layer.rectified
+        rectified = walk.values.get(node) if layer is not None and node in walk.rectified else None
         for number, (_, _, value) in self._cuts[node].items():
             if (d := ds.get((node, number))) is not None:
                 if value is not None and rectified is not None:  # where the ReLU above gives 0, ``d`` may be anything

@@ -27,7 +27,7 @@ class Layer:
         wanted: whether its relevance is asked for, as it is in training where it is guided.
         rule: its rule.
         z: its output, where that is known already.
-        rectified: the output of the ReLU above, where that alone reads ``z``; stands in for ``z``.
+        rectified: whether that is the output of the ReLU above, its only reader: where they differ, relevance is 0.
         scale, shift: those of a batch norm that is merged into it, ``z -> scale z + shift`` for each channel, or None.
         bias: another constant that is added to its output.
         top: the graph node that adds it.
@@ -41,11 +41,10 @@ class Layer:
     top: Any = None
     bias_edge: Any = None
     z: Tensor | None = None
-    rectified: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
     reads = True
-    passes = finished = False
+    rectified = passes = finished = False
     _a: Tensor | None = None
     _w: Tensor | None = None
 
@@ -100,9 +99,9 @@ class Layer:
         return None if node is None else tuple(node._input_metadata[number].shape)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a call of `F.linear` or a convolution, which multiplies nothing by numbers."""
-        return self.note is not None and self.note.weight is not None
+    def divides(self) -> bool:
+        """Whether its rule divides the relevance of its output by something else than the output."""
+        return self.rule.stabiliser > 0 or self.rule.asks_for_sums
 
     def constant(self, walk: "Walk") -> Tensor | None:
         """The bias, in a shape that adds to ``z``, with what was merged into the layer."""

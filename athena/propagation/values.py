@@ -10,7 +10,7 @@ from athena.propagation.affine import LinearLRP
 from athena.propagation.layer import known, layer_of_kind, number_of_outputs
 
 if TYPE_CHECKING:
-    from athena.propagation.walk import Walk
+    from athena.propagation.graph import Graph
 
 __all__ = ["FOLDS", "edge_of", "is_leaf", "join_bias", "value_of"]
 
@@ -69,13 +69,13 @@ def is_leaf(node: Any) -> bool:
     return hasattr(node, "variable")
 
 
-def join_bias(walk: "Walk", node: Any, below: Any) -> None:
+def join_bias(graph: "Graph", node: Any, below: Any) -> None:
     """Makes a parameter that is added to a product the bias of the layer that both are, as in ``a @ W + b``."""
     (edge,) = (way for way in node.next_functions if way[0] is not below)
-    while below.name() in FOLDS and below not in walk.shared:
+    while below.name() in FOLDS and below not in graph.shared:
         below = below.next_functions[0][0]
-    layer = walk.layers.get(below)
-    if layer is None or layer.kind.public is not LinearLRP or below in walk.shared or layer.bias is not None:
+    layer = graph.layers.get(below)
+    if layer is None or layer.kind.public is not LinearLRP or below in graph.shared or layer.bias is not None:
         return
     subtracts = node.name() == "SubBackward0"
     if layer.kind.first == 1 or node._saved_alpha != 1 or (subtracts and edge == node.next_functions[0]):
@@ -88,4 +88,4 @@ def join_bias(walk: "Walk", node: Any, below: Any) -> None:
         while edge[0].name() in ("NegBackward0", "ExpandBackward0") or is_view(edge[0]):
             edge = edge[0].next_functions[0]  # where its relevance goes: neither sign nor shape matters to it
         layer.bias, layer.top, layer.bias_edge = -bias if subtracts else bias, node, edge
-        walk.merged.add(node)
+        graph.merged.add(node)
