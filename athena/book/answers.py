@@ -305,8 +305,8 @@ def shortcut() -> Answer:
             )
         ),
         change=(
-            "A network that is not made of ReLUs, a shortcut on the digit itself, marks that are wrong, or masking and a "
-            "penalty together: none of these was tried."
+            "A network that is not made of ReLUs, a shortcut on the digit itself, marks that are wrong, or masking and "
+            "a penalty together: none of these was tried."
         ),
     )
 
