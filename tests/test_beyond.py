@@ -31,7 +31,7 @@ def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:
             return 1.0
         return -1.0 if run.use == "weighting" else 0.0
 
-    table = beyond.compared(as_if_run("uses", gain)).set_index("use")
+    table = beyond.compared(as_if_run("uses", gain), as_if_run("uses-time")).set_index("use")
     assert table.loc["features × (1 + R)", "helps"]
     assert table.loc["features × (1 + R)", "difference"] == pytest.approx(0.01, abs=5e-4)
     assert table.loc["dropout of what is relevant", "verdict"] == "gain"
@@ -42,8 +42,8 @@ def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:
 
 
 def test_a_use_is_held_against_plain_training_of_at_least_its_time() -> None:
-    table = beyond.compared(as_if_run("uses", lambda run: 0.0, lambda run: 1.3 if run.use == "features" else 1.0))
-    table = table.set_index("use")
+    timed = as_if_run("uses-time", seconds=lambda run: 1.3 if run.use == "features" else 1.0)
+    table = beyond.compared(as_if_run("uses"), timed).set_index("use")
     assert table.loc["features × (1 + R)", "time"] == pytest.approx(1.3)
     assert table.loc["features × (1 + R)", "epochs"] == 4.5
     assert table.loc["gradient × |weight|", "epochs"] == 3

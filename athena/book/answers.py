@@ -211,10 +211,10 @@ DECISIVE = "Is it relevance that helps on little data, and is it worth more than
 def uses() -> Answer:
     """Chapters 4 and 5: other ways to train with an explanation."""
     question = "Does any way to train with an explanation help, more than its control and than the same time?"
-    runs = whole("uses")
-    if runs is None:
-        return _open("4 and 5", question, "uses")
-    table = beyond.compared(runs)
+    runs, timed = whole("uses"), whole("uses-time")
+    if runs is None or timed is None:
+        return _open("4 and 5", question, "uses" if runs is None else "uses-time")
+    table = beyond.compared(runs, timed)
     own = table[table["relevance"]]
     helps, harms = own[own["helps"]], own[own["verdict"] == "loss"]
     smoothing = table[table["use"] == "label smoothing"].iloc[0]

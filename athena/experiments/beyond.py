@@ -131,8 +131,8 @@ def found(frame: pd.DataFrame) -> pd.DataFrame:
         frame: ``athena.results("search")``.
 
     Returns:
-        `family`, `setting`, `relevance` (whether it is a use of relevance), `n`, `mean` (held-out accuracy) and
-        `seconds` (median of training); `difference`, `low` and `high` to the baseline of the same smoothing, steps and
+        `family`, `setting`, `relevance` (whether it is a use of relevance), `n` and `mean` (held-out accuracy);
+        `difference`, `low` and `high` to the baseline of the same smoothing, steps and
         rate, paired by seed, with Student's interval. Exploratory: nothing is corrected.
     """
     fields = [name for name in statistics.run_fields(frame) if name not in ("seed", "accuracy")]
@@ -144,7 +144,7 @@ def found(frame: pd.DataFrame) -> pd.DataFrame:
         first = runs.iloc[0]
         row: dict[str, Any] = {
             **{"family": family_of(first), "setting": named(first), "relevance": needs_relevance(first)},
-            **{"n": len(runs), "mean": runs["accuracy"].mean(), "seconds": runs["seconds"].median()},
+            **{"n": len(runs), "mean": runs["accuracy"].mean()},
         }
         if set(runs["key"]) != set(base["key"]):
             measured = contrast(runs, base).iloc[0]
@@ -296,25 +296,27 @@ COMPARED: tuple[Compared, ...] = (
 """The uses compared in ``studies/uses.toml``, each with its control."""
 
 
-def compared(frame: pd.DataFrame) -> pd.DataFrame:
+def compared(frame: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
     """The comparison of uses by the plan of ``studies/uses.toml``.
 
     Args:
         frame: ``athena.results("uses")``.
+        timed: ``athena.results("uses-time")``.
 
     Returns:
         One row for each of `COMPARED`: `use`, `section` and `relevance` (whether it is a use of it); `time`, median
-        training seconds over those of plain training, the mean over the shares; `epochs` of the plain training of at
+        training seconds over those of plain training; `epochs` of the plain training of at
         least the same time; `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with
         the ending ``_control`` against the control `against`; and `helps`, by the rule of the plan.
     """
     shares = frame["fraction"].nunique()
     longer = {epochs: of_arm(frame, {"epochs": epochs}) for epochs in (3.0, 3.75, 4.5, 6.0)}
-    times = {epochs: _seconds(runs) / _seconds(longer[3.0]) for epochs, runs in longer.items()}
+    plain_seconds = _seconds(timed, {})
+    times = {epochs: _seconds(timed, {"epochs": epochs}) / plain_seconds for epochs in longer}
     rows, first, second = [], [], []
     for use in COMPARED:
         runs = of_arm(frame, use.arm)
-        time = _seconds(runs) / _seconds(longer[3.0])
+        time = _seconds(timed, use.arm) / plain_seconds
         epochs = next((epochs for epochs in longer if times[epochs] >= time), 6.0)
         first.append(contrast(runs, longer[epochs], over="fraction" if shares > 1 else None))
         if use.control:
@@ -340,7 +342,7 @@ def optimisers(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `arm`, `learning_rate`; `mean`, `low` and `high` of its accuracy, with Student's interval over the seeds;
-        `time`, the median of its training seconds over Adam's; and `difference`, `from` and `to`, less Adam, paired by
+        and `difference`, `from` and `to`, less Adam, paired by
         seed, with Student's interval, and `p_holm` of it over the arms.
     """
     arms: dict[str, pd.DataFrame] = {}
@@ -354,10 +356,9 @@ def optimisers(frame: pd.DataFrame) -> pd.DataFrame:
     rows, tables = [], []
     for name, runs in arms.items():
         mean, low, high = statistics.summary(runs["accuracy"].to_numpy())
-        time = runs["seconds"].median() / adam["seconds"].median()
         rows.append(
             {"arm": name, "learning_rate": runs["learning_rate"].iloc[0], "mean": mean, "low": low, "high": high}
-            | {"time": time, "difference": 0.0, "from": 0.0, "to": 0.0, "p_holm": 1.0}
+            | {"difference": 0.0, "from": 0.0, "to": 0.0, "p_holm": 1.0}
         )
         if name != "Adam":
             tables.append(contrast(runs, adam))
@@ -372,8 +373,8 @@ OPTIMISERS = {"adam": "Adam", "sgd": "SGD", "adagrad": "AdaGrad", "adadelta": "A
 USED = {"": "", "gradient times relevance": "× relevance", "gradient times |weight|": "× |weight|"}
 
 
-def _seconds(runs: pd.DataFrame) -> float:
-    return float(runs.groupby("fraction")["seconds"].median().mean())
+def _seconds(timed: pd.DataFrame, arm: Mapping[str, Any]) -> float:
+    return float(of_arm(timed, arm)["seconds"].median())
 
 
 def _measured(table: pd.DataFrame) -> dict[str, Any]:
