@@ -196,8 +196,8 @@ class Guidance:
         gradients go on to the layers below is part of u. Relevance is a constant. Momentum and the like are left out.
 
         It takes second derivatives, which fused attention and recurrent layers of cuDNN do not have, and each time
-        four to five plain steps (network of table 6.1 on a CPU). With `DistributedDataParallel`, call the module inside for the held-out loss; each
-        process then learns factors of its own.
+        four to five plain steps (network of table 6.1 on a CPU). With `DistributedDataParallel`, call the module inside
+        for the held-out loss; each process then learns factors of its own.
 
         Args:
             loss: the training loss, of the guided forward pass.
