@@ -29,7 +29,7 @@ def show_data(
     typer.echo(table.to_string(index=False))
     if download and not table["here"].all():
         missing = table.loc[~table["here"], "name"]
-        raise data.MissingData(f"{' and '.join(missing)} could not be had; the column `note` says why")
+        raise data.MissingData(f"these could not be had: {', '.join(missing)}; the column `note` says why")
 
 
 @app.command()

@@ -260,7 +260,7 @@ def test_an_option_that_no_sweep_can_have_is_told_before_anything_is_run(
 def test_a_download_that_fails_fails_the_command(main: Main) -> None:
     status, message = main("data", "--download")
     assert status == 1
-    assert message.startswith("athena: mnist and cifar10 could not be had")
+    assert message.startswith("athena: these could not be had: mnist, cifar10")
 
 
 def test_results_that_cannot_be_written_are_told(main: Main, folder: Path) -> None:

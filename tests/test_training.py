@@ -163,7 +163,10 @@ def test_the_code_digest_is_of_every_file_that_a_run_depends_on_and_of_no_other(
     rooms = ("propagation", "guidance", "experiments/data")
     files = [file for room in rooms for file in sorted((root / room).rglob("*.py"))]
     files += [root / "rules.py", root / "relevance.py", root / "_imports.py"]
-    files += [root / "experiments" / name for name in ("run.py", "models.py", "controls.py", "uses.py", "places.py")]
+    files += [
+        root / "experiments" / name
+        for name in ("run.py", "models.py", "controls.py", "marks.py", "uses.py", "places.py")
+    ]
     needed = {
         ".".join(("athena", *file.relative_to(root).with_suffix("").parts)).removesuffix(".__init__") for file in files
     }
