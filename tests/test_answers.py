@@ -137,3 +137,10 @@ def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.
     text = answers.uses().says
     assert "features × (1 + R) helps" in text
     assert "Gradient × relevance harms" in text
+
+
+def test_the_book_in_short_follows_the_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "whole", lambda name: None)
+    assert answers.in_short().count(".") == 1  # what is not measured is not said
+    monkeypatch.setattr(answers, "whole", as_if_run)
+    assert "no more than the loss gradient" in answers.in_short() and "does help" not in answers.in_short()

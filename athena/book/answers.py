@@ -335,12 +335,39 @@ EVERY = (mnist, cifar, stopping_linear, stopping_whole, is_it_relevance, uses, s
 """The answers in the order of the thesis."""
 
 
+def in_short() -> str:
+    """The whole book in two or three sentences."""
+    said = ["**In short.** Training with relevance as the thesis does it is not shown to help."]
+    if (runs := whole("decisive")) is not None:
+        helps, worth = decisive.conclusions(decisive.contrasts(decisive.runs(runs)))
+        said.append(
+            "Turned around, to damp what is relevant, it gains accuracy on little data, and "
+            + ("more" if any(helps.values()) else "no more")
+            + " than the loss gradient times the activation, for which nothing has to be explained; beside label "
+            + f"smoothing it is {'' if worth else 'not shown to be '}worth its time."
+        )
+    if (runs := whole("shortcut")) is not None:
+        timed = whole("shortcut-time")
+        met = planted.conclusion(planted.runs(runs), None if timed is None else planted.times(timed))
+        if met["half"] and met["relevance"]:
+            said.append(
+                "Relevance does help where one can say what a network must not look at: a penalty on it wins back most "
+                "of what a planted shortcut costs."
+            )
+    return " ".join(said)
+
+
 def story() -> str:
-    """All answers on one page: each with its sections and how sure it is."""
+    """All answers on one page: in short, then each with its sections and how sure it is."""
     found = [make() for make in EVERY]
     return "\n\n".join(
-        f"**{answer.question}** {answer.says} How sure? {answer.sure} (Thesis section {answer.sections}.)"
-        for answer in found
+        [
+            in_short(),
+            *(
+                f"**{answer.question}** {answer.says} How sure? {answer.sure} (Thesis section {answer.sections}.)"
+                for answer in found
+            ),
+        ]
     )
 
 
