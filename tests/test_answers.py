@@ -136,7 +136,7 @@ def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.
     monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, gain))
     text = answers.uses().says
     assert "features × (1 + R) helps" in text
-    assert "Gradient × relevance harms" in text
+    assert "By its plan gradient × relevance harms" in text
 
 
 def test_the_book_in_short_follows_the_studies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,7 +223,7 @@ def uses() -> Answer:
         question=question,
         says=(
             (f"Of {len(own)} uses of relevance " + _listed(list(helps["use"]), "helps", "help") + ". ")
-            + (f"{_listed(list(harms['use']), 'harms', 'harm').capitalize()}. " if len(harms) else "")
+            + (f"By its plan {_listed(list(harms['use']), 'harms', 'harm')}. " if len(harms) else "")
             + f"Label smoothing, which needs no explanation and no time, gains {points(smoothing)} points."
         ),
         sure=(
