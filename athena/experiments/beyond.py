@@ -279,7 +279,9 @@ COMPARED: tuple[Compared, ...] = (
     ),
     Compared("features × (1 + R)", "", FEATURES, "R shuffled", FEATURES | {"control": "shuffled"}),
     Compared("dropout of what is relevant", "", DROPPED | {"target": "predicted"}, "ordinary dropout", ORDINARY),
-    Compared("dropout of what is relevant, true class", "", DROPPED | {"target": "label"}, "ordinary dropout", ORDINARY),
+    Compared(
+        "dropout of what is relevant, true class", "", DROPPED | {"target": "label"}, "ordinary dropout", ORDINARY
+    ),
     Compared("hiding what is relevant", "", HIDDEN, "hiding any pixels", HIDDEN | {"control": "noise"}),
     Compared("gradient × relevance", "5.2", OPTIMISER, "R shuffled", OPTIMISER | {"control": "shuffled"}),
     Compared("gradient × |weight|", "5.2", {"use": "gradient times |weight|"}),
