@@ -151,10 +151,18 @@ class Scaling:
         factor = layer.multiplier()
         if isinstance(factor, Tensor):
             scaled = gradient + gradient * (factor * relevance)
-        else:
-            scaled = torch.addcmul(gradient, gradient, relevance, value=factor)
+        else:  # in the memory of the relevance, where nothing else asks for it
+            out = relevance if self._may_write(number, relevance, gradient) else None
+            scaled = torch.addcmul(gradient, gradient, relevance, value=factor, out=out)
         self._note(number, layer, relevance, scaled)
         return (scaled,)
+
+    def _may_write(self, number: int, relevance: Tensor, gradient: Tensor) -> bool:
+        """Whether the scaled gradient may take the place of the relevance."""
+        is_last_use = number not in self.relevance and self.signals.signal is None
+        looks_at_it_later = gradient.dtype == torch.float16
+        is_plain = self.signals.granularity == "sample" and not torch.is_grad_enabled()
+        return is_last_use and is_plain and not looks_at_it_later and relevance.is_contiguous()
 
     def _scale_filters(
         self,

@@ -106,7 +106,8 @@ class ActivationLRP(LRPLayer):
         elif torch.is_grad_enabled():
             down = over((z - at_zero) * d, x)
         else:
-            down = over((z.sub_(at_zero) if at_zero else z).mul_(d), x)
+            # in one tensor: memory that is new costs more than arithmetic
+            down = (z.sub_(at_zero) if at_zero else z).div_(x).nan_to_num_(0.0).mul_(d)
         if at_zero and walk.account is not None:
             walk.account.add(node, total(d * function(node, x)), at_zero * total(d))
         return (down,)

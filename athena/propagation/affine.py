@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, nonzero, over, total
+from athena.propagation.layer import LRPLayer, nonzero, over, times_in_place, total
 from athena.propagation.use import Layer
 from athena.rules import Zero
 
@@ -132,7 +132,7 @@ class AffineLRP(LRPLayer):
         downs = list(node(d))
         if first or second:
             for place in (cls.first, cls.first + 1):
-                downs[place] = None if downs[place] is None else downs[place] * 0.5
+                downs[place] = None if downs[place] is None else times_in_place(downs[place], 0.5)
         if walk.account is not None and cls.first and (z := walk.scores.pop(node, None)) is not None:
             factors = cls.operand(node, 0), cls.operand(node, 1)
             went = sum(total(x * down) for x, down in zip(factors, downs[1:], strict=True) if down is not None)
@@ -160,7 +160,7 @@ class AffineLRP(LRPLayer):
         if epsilon == 0:
             s = d
         elif relevance is not None and not walk.zeros:
-            size = z + epsilon if layer.rectified else z + torch.full_like(z, epsilon).copysign_(z)
+            size = z + epsilon if layer.rectified else torch.copysign(torch.scalar_tensor(epsilon, dtype=z.dtype), z).add_(z)
             s = torch.div(relevance, size, out=size)
         else:
             size = z if layer.rectified else z.abs()

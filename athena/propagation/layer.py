@@ -26,6 +26,7 @@ __all__ = [
     "number_of_outputs",
     "over",
     "shares_memory",
+    "times_in_place",
     "total",
 ]
 
@@ -142,6 +143,11 @@ def over(share: Tensor, a: Tensor) -> Tensor:
         return (share / a.masked_fill(a == 0, 1)).masked_fill(a == 0, 0)
     # a mask of booleans would take ten times as long on a CPU
     return share.mul_(a.sign().div_(a.abs().clamp_min_(torch.finfo(a.dtype).tiny)))
+
+
+def times_in_place(d: Tensor, number: float) -> Tensor:
+    """``d number`` in the memory of `d`, unless it is to have a graph."""
+    return d * number if torch.is_grad_enabled() else d.mul_(number)
 
 
 def total(relevance: Tensor) -> float:

@@ -22,6 +22,14 @@ def _without_mean(s: Tensor, dims: tuple[int, ...]) -> Tensor:
     return s.sub_(s.mean(dims, keepdim=True))
 
 
+def _scaled(d: Tensor, weight: Tensor | None, inverse: Tensor) -> Tensor:
+    """``d`` times the weight of a norm and the inverse of its deviation, in memory of its own."""
+    if weight is None:
+        return d * inverse
+    s = d * weight
+    return s * inverse if torch.is_grad_enabled() or s.dtype != inverse.dtype else s.mul_(inverse)
+
+
 def epsilon_of(node: Any) -> float:
     """What batch norm adds to the variance; cuDNN's and MIOpen's nodes have another name for it."""
     return float(node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon)
@@ -121,7 +129,7 @@ class NormalisationLRP(LRPLayer):
         assert d is not None
         dims = tuple(range(d.dim() - len(node._saved_normalized_shape), d.dim()))
         inverse = inverse_deviation(node._saved_result2, node, lambda x: x.var(dims, correction=0))
-        down = _without_mean((d if weight is None else d * weight) * inverse, dims).to(d.dtype)
+        down = _without_mean(_scaled(d, weight, inverse), dims).to(d.dtype)
         x = node._saved_input
         if walk.account is not None:
             shift = node._saved_bias
@@ -162,5 +170,4 @@ class RMSNormLRP(LRPLayer):
         assert d is not None
         dims = tuple(range(d.dim() - len(node._saved_normalized_shape), d.dim()))
         inverse = inverse_deviation(node._saved_result1, node, lambda x: x.square().mean(dims))
-        s = (d if weight is None else d * weight) * inverse
-        return [s.to(d.dtype), *[None] * (len(node.next_functions) - 1)]
+        return [_scaled(d, weight, inverse).to(d.dtype), *[None] * (len(node.next_functions) - 1)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, over, shares_memory, total
+from athena.propagation.layer import LRPLayer, dimension, layer_of_kind, over, shares_memory, times_in_place, total
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -275,7 +275,7 @@ class AttentionLRP(LRPLayer):
         scored, ways = query + key, int(query or key) + int(value)
         shares = [bears / ways / scored if scored else 0.0 for bears in (query, key)] + [value / ways]
         downs: list[Tensor | None] = [
-            down * share if share and down is not None else None
+            times_in_place(down, share) if share and down is not None else None
             for down, share in zip(node(*given), shares, strict=False)
         ]
         if walk.account is not None:
