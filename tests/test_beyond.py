@@ -98,3 +98,18 @@ def test_the_confirmation_judges_three_contrasts_and_corrects_them_together() ->
     assert (100 * table["difference"]).round(1).tolist() == [0.3, 0.5, 0.5, 0.5, 0.2, -0.2]
     assert (table["n"] == 30).all()
     assert (table["p_holm"][:3] >= table["p"][:3]).all()
+
+
+def test_a_proposal_of_the_thesis_helps_if_it_beats_plain_training_and_its_controls() -> None:
+    def gain(run: Run) -> float:
+        learned = run.learn_every and run.control is None
+        return 1.0 if learned else 0.5 * (run.granularity == "filter" and run.factor == 1)
+
+    table = beyond.future(as_if_run("future", gain))
+    assert (table["n"] == 10).all() and table["judged"].all()
+    assert (100 * table["difference"]).round(1).tolist() == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
+    assert beyond.proposals(table) == {
+        "learned factors": True,
+        "filters, factor 1": False,
+        "filters, factor -0.5": False,
+    }

@@ -1,6 +1,6 @@
 """What is asked of the uses of an explanation: the search, the confirmation, and the comparison of chapters 4 and 5.
 
-The plans are in ``studies/search.toml``, ``studies/confirm.toml`` and ``studies/uses.toml``. Not here: the uses
+The plans are in ``studies/search.toml``, ``confirm.toml``, ``future.toml`` and ``uses.toml``. Not here: the uses
 themselves (`uses`).
 """
 
@@ -17,8 +17,19 @@ from athena.experiments.run import Run
 from athena.experiments.study import plain
 
 __all__ = [
-    *("COMPARED", "CONFIRMED", "FAMILIES", "Compared", "chosen", "compared", "confirmed", "contrast", "found", "named"),
-    *("of_arm", "optimisers", "worth"),
+    *(
+        "COMPARED",
+        "CONFIRMED",
+        "FAMILIES",
+        "FUTURE",
+        "Compared",
+        "chosen",
+        "compared",
+        "confirmed",
+        "contrast",
+        "found",
+    ),
+    *("future", "named", "of_arm", "optimisers", "proposals", "worth"),
 ]
 
 FAMILIES: dict[str, str] = {
@@ -47,7 +58,8 @@ def of_arm(frame: pd.DataFrame, arm: Mapping[str, Any]) -> pd.DataFrame:
         arm: values of fields of `Run`.
     """
     base = plain(Run())
-    wanted = {name: getattr(base, name) for name in ("factor", "use", "control", "score", "smoothing", "epochs")}
+    names = "factor", "use", "control", "score", "granularity", "learn_every", "smoothing", "epochs"
+    wanted = {name: getattr(base, name) for name in names}
     chosen = np.ones(len(frame), dtype=bool)
     for name, value in (wanted | dict(arm)).items():
         chosen &= (frame[name].isna() if value is None else frame[name] == value).to_numpy(dtype=bool)
@@ -193,15 +205,73 @@ def confirmed(frame: pd.DataFrame) -> pd.DataFrame:
         One row a contrast: `compared`, `judged`, the columns of `statistics.compare`, and `verdict`, empty where the
         plan asks for none.
     """
-    arms = {letter: of_arm(frame, fields) for letter, fields in CONFIRMED_ARMS.items()}
-    found = {name: contrast(arms[ours], arms[theirs], over="fraction") for name, (ours, theirs, _) in CONFIRMED.items()}
-    judged = [name for name, (_, _, is_judged) in CONFIRMED.items() if is_judged]
+    return _contrasts(frame, CONFIRMED_ARMS, CONFIRMED)
+
+
+def _contrasts(
+    frame: pd.DataFrame, fields: Mapping[str, Mapping[str, Any]], wanted: Mapping[str, tuple[str, str, bool]]
+) -> pd.DataFrame:
+    """The contrasts of a plan, each seed's mean over the shares of the data; those that are judged are one family."""
+    arms = {name: of_arm(frame, values) for name, values in fields.items()}
+    found = {name: contrast(arms[ours], arms[theirs], over="fraction") for name, (ours, theirs, _) in wanted.items()}
+    judged = [name for name, (_, _, is_judged) in wanted.items() if is_judged]
     found |= dict(zip(judged, statistics.family(*(found[name] for name in judged)), strict=True))
     table = pd.concat(found.values(), ignore_index=True)
     table.insert(0, "compared", list(found))
     table.insert(1, "judged", [name in judged for name in found])
     verdicts = [statistics.verdict(row) if row["judged"] else "" for _, row in table.iterrows()]
     return table.assign(verdict=verdicts)
+
+
+LEARNED = {"factor": 1.0, "learn_every": 5}
+FILTERS = {"granularity": "filter"}
+FUTURE_ARMS: dict[str, Mapping[str, Any]] = {
+    "plain": {},
+    "learned": LEARNED,
+    "learned, shuffled": LEARNED | {"control": "shuffled"},
+    "learned, gradient": LEARNED | {"control": "gradient_activation"},
+    "filters, 1": FILTERS | {"factor": 1.0},
+    "filters, 1, shuffled": FILTERS | {"factor": 1.0, "control": "shuffled"},
+    "filters, -0.5": FILTERS | {"factor": -0.5},
+    "filters, -0.5, shuffled": FILTERS | {"factor": -0.5, "control": "shuffled"},
+}
+"""The arms of ``studies/future.toml``."""
+FUTURE: dict[str, tuple[str, str, bool]] = {
+    "learned factors less plain": ("learned", "plain", True),
+    "learned factors less the same, R shuffled": ("learned", "learned, shuffled", True),
+    "learned factors less the same, gradient × activation": ("learned", "learned, gradient", True),
+    "filters, factor 1, less plain": ("filters, 1", "plain", True),
+    "filters, factor 1, less the same, R shuffled": ("filters, 1", "filters, 1, shuffled", True),
+    "filters, factor -0.5, less plain": ("filters, -0.5", "plain", True),
+    "filters, factor -0.5, less the same, R shuffled": ("filters, -0.5", "filters, -0.5, shuffled", True),
+}
+"""Its contrasts, all judged: those of each proposal begin with the same words."""
+PROPOSALS = ("learned factors", "filters, factor 1", "filters, factor -0.5")
+
+
+def future(frame: pd.DataFrame) -> pd.DataFrame:
+    """The contrasts of the thesis's own proposals (8.3.1 and 8.3.2), corrected together.
+
+    Args:
+        frame: ``athena.results("future")``.
+
+    Returns:
+        As `confirmed`.
+    """
+    return _contrasts(frame, FUTURE_ARMS, FUTURE)
+
+
+def proposals(table: pd.DataFrame) -> dict[str, bool]:
+    """Whether each proposal helps, by the rule of the plan: all of its contrasts are gains.
+
+    Args:
+        table: as `future` gives it.
+    """
+    own = {
+        name: table[table["compared"].str.startswith(f"{name} ") | table["compared"].str.startswith(f"{name},")]
+        for name in PROPOSALS
+    }
+    return {name: bool((rows["verdict"] == "gain").all()) for name, rows in own.items()}
 
 
 def worth(table: pd.DataFrame) -> bool:

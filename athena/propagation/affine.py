@@ -160,7 +160,10 @@ class AffineLRP(LRPLayer):
         if epsilon == 0:
             s = d
         elif relevance is not None and not walk.zeros:
-            size = z + epsilon if layer.rectified else torch.copysign(torch.scalar_tensor(epsilon, dtype=z.dtype), z).add_(z)
+            if layer.rectified:
+                size = z + epsilon
+            else:
+                size = torch.copysign(torch.scalar_tensor(epsilon, dtype=z.dtype), z).add_(z)
             s = torch.div(relevance, size, out=size)
         else:
             size = z if layer.rectified else z.abs()
