@@ -71,7 +71,7 @@ def test_the_early_stopping_answers_say_what_the_runs_say(scope: str, epochs: in
 
 def test_the_words_of_an_answer_follow_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guided runs that are two points better, and ten seeds: the answer no longer says that no help is shown."""
-    frame = results("mnist-factors")
+    frame = results("mnist-factors").query("seed < 4")
     more = [frame.assign(seed=frame["seed"] + 4 * k, accuracy=frame["accuracy"] - 1e-4 * k) for k in range(3)]
     better = pd.concat(more, ignore_index=True)
     better["accuracy"] = np.where(better["factor"] > 0, better["accuracy"] + 0.2, better["accuracy"])

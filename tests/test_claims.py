@@ -25,9 +25,11 @@ def test_every_claim_of_the_thesis_has_a_verdict(table: pd.DataFrame) -> None:
 
 def test_a_claim_is_measured_on_the_pairs_that_its_reading_names(table: pd.DataFrame) -> None:
     frame = experiments.results("mnist-factors").query("factor in (0, 0.2)").set_index(["fraction", "seed", "factor"])
-    by_seed = frame["accuracy"].unstack("factor").diff(axis=1)[0.2].groupby("seed").mean()
+    differences = frame["accuracy"].unstack("factor").diff(axis=1)[0.2].unstack("seed")
+    by_seed = differences.dropna(axis=1).mean()  # a study may be under way: seeds that have every share
     row = table[(table["claim"] == "C7") & table["reading"].str.startswith("factor 0.2")].iloc[0]
-    assert row["measured"] == pytest.approx(100 * by_seed.mean()) and row["n"] == 4 and row["published"] == 0.15
+    assert row["measured"] == pytest.approx(100 * by_seed.mean()) and row["n"] == len(by_seed) >= 4
+    assert row["published"] == 0.15
     with_ten = table[(table["claim"] == "C14") & (table["n"] == 10)].iloc[0]
     part = experiments.results("cifar-linear").query("precision == 'tf32' and 0.01 < fraction <= 0.3")
     part = part.assign(accuracy=part["accuracies"].str[2]).groupby(["seed", "factor"])["accuracy"].mean().unstack()
@@ -52,10 +54,10 @@ def test_the_p_of_a_largest_is_the_share_of_seed_flips_with_as_large_a_largest()
     reading = next(reading for reading in claims.readings() if reading.claim == "C5")
     frame = experiments.results("mnist-factors").query("factor in (0, 1)")
     wide = frame.pivot_table(index="seed", columns=["factor", "fraction"], values="accuracy")
-    differences = (wide[1.0] - wide[0.0]).to_numpy()
-    largest = []
-    for signs in itertools.product((1, -1), repeat=4):
-        means = [sum(s * d for s, d in zip(signs, column, strict=True)) / 4 for column in differences.T]
+    differences = (wide[1.0] - wide[0.0]).dropna().to_numpy()
+    seeds, largest = len(differences), []
+    for signs in itertools.product((1, -1), repeat=seeds):
+        means = [sum(s * d for s, d in zip(signs, column, strict=True)) / seeds for column in differences.T]
         largest.append(max(means))
     expected = np.mean([value >= max(differences.mean(axis=0)) - 1e-12 for value in largest])
     row = claims.claims().query("claim == 'C5'").iloc[0]
