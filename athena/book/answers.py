@@ -330,7 +330,8 @@ def _half_as_often() -> str:
     """What the planted shortcut's second study comes to, a sentence."""
     runs, timed = planted.runs(results("shortcut-seldom")), planted.times(results("shortcut-seldom-time"))
     met = planted.conclusion(runs, timed)
-    row = planted.arms(runs).set_index(["arm", "marked"]).loc[("relevance penalty", planted.MARKED)]
+    arms = planted.arms(runs)
+    row = arms[(arms["arm"] == "relevance penalty") & (arms["marked"] == planted.MARKED)].iloc[0]
     share, low, high = (f"{100 * row[name]:.0f}" for name in ("won", "won_low", "won_high"))
     half = "at least half" if met["half"] else "after correction not shown to be half"
     return (

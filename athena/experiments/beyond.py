@@ -17,19 +17,8 @@ from athena.experiments.run import Run
 from athena.experiments.study import plain
 
 __all__ = [
-    *(
-        "COMPARED",
-        "CONFIRMED",
-        "FAMILIES",
-        "FUTURE",
-        "Compared",
-        "chosen",
-        "compared",
-        "confirmed",
-        "contrast",
-        "found",
-    ),
-    *("future", "named", "of_arm", "optimisers", "proposals", "worth"),
+    *("COMPARED", "CONFIRMED", "FAMILIES", "FUTURE", "Compared", "chosen", "compared", "confirmed", "contrast"),
+    *("found", "future", "named", "of_arm", "optimisers", "proposals", "worth"),
 ]
 
 FAMILIES: dict[str, str] = {

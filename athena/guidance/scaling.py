@@ -161,7 +161,7 @@ class Scaling:
         """Whether the scaled gradient may take the place of the relevance."""
         is_last_use = number not in self.relevance and self.signals.signal is None
         looks_at_it_later = gradient.dtype == torch.float16
-        is_plain = self.signals.granularity == "sample" and not torch.is_grad_enabled()
+        is_plain = self.signals.granularity == "sample" and not (torch.is_grad_enabled() or is_batched(gradient))
         return is_last_use and is_plain and not looks_at_it_later and relevance.is_contiguous()
 
     def _scale_filters(
