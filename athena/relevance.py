@@ -165,7 +165,8 @@ def lrp(
             model returns a tuple, a list or a dict of tensors, it is given that and returns the like, with None where
             nothing is to start. For an output (batch, tokens, classes), as of a language model, a pair (token, target):
             the index of the token to explain, an int or integers (batch,), -1 for the last, and one of the above for
-            its classes. Of an output that is a dict with ``"logits"``, these are taken.
+            its classes. Of an output that is a dict with ``"logits"``, these are taken, and a tensor that a function
+            returns is theirs.
         rule: the rule of all affine layers, a preset of `athena.rules`, or a function from a layer's path and module
             to its rule.
         at: the path of a module whose output is explained in the place of `x`, which may then hold anything, such as

@@ -499,8 +499,11 @@ def test_a_target_may_leave_out_what_nothing_starts_from() -> None:
     equal(
         step_of_map("dict", target=lambda out: {"logits": of_places(out["logits"], out["logits"].argmax(1))}), expected
     )
+    equal(step_of_map("dict", target=lambda out: of_places(out["logits"], out["logits"].argmax(1))), expected)
     with pytest.raises(ValueError, match="structure of what the model returned"):
         step_of_map("dict", target=lambda out: {"logit": out["logits"]})
+    with pytest.raises(ValueError, match="structure of what the model returned"):
+        step_of_map("dict", target=lambda out: out["logits"][:1])
 
 
 # Gates

@@ -28,6 +28,8 @@ def start(output: Any, target: Any) -> Any:
     """
     if callable(target):
         relevance = target(mapped(output, known))
+        if isinstance(relevance, Tensor) and isinstance(output, dict) and "logits" in output:
+            relevance = {"logits": relevance}
         if relevance is None or not _alike(relevance, output):
             what = f"the structure of what the model returned, {described(output)}, with None where nothing is to start"
             if isinstance(output, Tensor):
