@@ -378,5 +378,5 @@ def test_a_target_of_another_form_than_the_output_is_told_both() -> None:
     model = Apply(lambda x: Both(x * 2, x))
     with pytest.raises(ValueError, match=r"target\(output\) gave .*\(Both\); it must have .*\(Both\)"):
         athena.lrp(model, images(2, 3), target=lambda out: Both(out.logits, None))
-    with pytest.raises(ValueError, match=r"gave a torch.float64 tensor of shape \(2, 3\).* a dict of 'logits'"):
-        athena.lrp(Apply(lambda x: {"logits": x * 2}), images(2, 3), target=lambda out: out["logits"])
+    with pytest.raises(ValueError, match=r"gave a torch.float64 tensor of shape \(2, 3\).* a dict of 'scores'"):
+        athena.lrp(Apply(lambda x: {"scores": x * 2}), images(2, 3), target=lambda out: out["scores"])
