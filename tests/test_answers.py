@@ -10,7 +10,7 @@ from sweeps import as_if_run
 
 import athena
 from athena.book import answers
-from athena.experiments import published, results, statistics
+from athena.experiments import beyond, published, results, statistics
 from athena.training import Run
 
 TRIPLE = re.compile(r"([+−]\d+\.\d+) \[([+−]\d+\.\d+),\s([+−]\d+\.\d+)\]")
@@ -107,6 +107,7 @@ def test_an_interval_ends_where_no_accuracy_could_be() -> None:
 )
 def test_a_study_under_way_is_not_looked_at(answer, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "results", as_if_run)
+    monkeypatch.setattr(beyond, "FURTHER", {})
     monkeypatch.setattr(answers, "whole", lambda name: None)
     found = answer()
     assert "This is open" in found.says and not said(found.says)
@@ -134,7 +135,10 @@ def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.
         return -1.0 if run.use == "gradient times relevance" and run.control is None else 0.0
 
     monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, gain))
+    monkeypatch.setattr(beyond, "FURTHER", {"uses-mnist-10": "10 % of MNIST", "uses-cifar10": "5 % of CIFAR-10"})
     text = answers.uses().says
+    assert "On 10 % of MNIST features × (1 + R) helps." in text
+    assert "On 5 % of CIFAR-10 no use of relevance is shown to help." in text
     assert "features × (1 + R) helps" in text
     assert "By its plan gradient × relevance harms" in text
 

@@ -3,7 +3,7 @@
 import pytest
 from sweeps import as_if_run
 
-from athena.experiments import beyond
+from athena.experiments import beyond, results
 from athena.training import Run
 
 
@@ -19,6 +19,26 @@ def test_every_arm_of_the_comparison_is_in_its_study_and_every_run_in_an_arm() -
     left = frame[frame["key"].isin(keys)]
     assert set(left["use"].dropna()) <= {"features"}  # the predicted class and gradient times activation beside it
     assert set(left.loc[left["use"].isna(), "factor"]) == {0.0}
+
+
+@pytest.mark.parametrize("study", beyond.FURTHER)
+def test_every_further_study_of_uses_holds_each_of_its_arms_and_their_controls(study: str) -> None:
+    frame = as_if_run(study)
+    table = beyond.compared(frame, as_if_run("uses-time")).set_index("use")
+    promising = ["scaling gradients, factor -0.5", "retraining: masked difference", "dropout of what is relevant"]
+    every = [use.name for use in beyond.COMPARED]
+    assert sorted(table.index) == sorted([*promising, "label smoothing"] if study == "uses-cifar10" else every)
+    assert (table["n"] == 10).all()
+    assert (table.loc[table["against"] != "", "n_control"] == 10).all()
+    assert set(frame["seed"]) == set(range(10, 20))
+
+
+def test_on_cifar_10_are_the_uses_of_relevance_that_did_best_one_of_each_kind() -> None:
+    table = beyond.compared(results("uses"), results("uses-time"))
+    table = table[table["relevance"]].sort_values("difference", ascending=False)
+    table["kind"] = table["use"].str.split(":").str[0]
+    best = table.drop_duplicates("kind")["use"].head(3).tolist()
+    assert best == ["scaling gradients, factor -0.5", "retraining: masked difference", "dropout of what is relevant"]
 
 
 def test_a_use_helps_where_it_beats_equal_time_and_its_control() -> None:

@@ -19,7 +19,7 @@ from athena.experiments import Study, beyond, decisive, frame, published, result
 from athena.experiments import shortcut as planted
 
 __all__ = [
-    *("EVERY", "Answer", "cifar", "guidance", "is_it_relevance", "mnist", "search", "shortcut"),
+    *("EVERY", "Answer", "cifar", "further", "guidance", "is_it_relevance", "mnist", "search", "shortcut"),
     *("stopping_linear", "stopping_whole", "story", "uses", "whole"),
 ]
 
@@ -225,13 +225,35 @@ def uses() -> Answer:
             (f"Of {len(own)} uses of relevance " + _listed(list(helps["use"]), "helps", "help") + ". ")
             + (f"By its plan {_listed(list(harms['use']), 'harms', 'harm')}. " if len(harms) else "")
             + f"Label smoothing, which needs no explanation and no time, gains {points(smoothing)} points."
+            + _elsewhere()
         ),
         sure=(
-            f"{int(table['n'].min())} seeds, {_shares(runs)} of MNIST, one network, strengths that were not tuned. "
-            "The plan was committed before the runs."
+            f"{int(table['n'].min())} seeds, {_shares(runs)} of MNIST, and as many new seeds for each of the others; "
+            "one network, strengths that were not tuned. The plans were committed before the runs."
         ),
-        change="Tuned strengths, other networks and data, and the settings of the papers, which are larger.",
+        change="Tuned strengths, other networks, and the settings of the papers, which are larger.",
     )
+
+
+def further() -> dict[str, pd.DataFrame]:
+    """The comparison of uses on other data, by what it is of, as `beyond.compared` gives it; complete studies alone."""
+    timed = whole("uses-time")
+    found = {data: whole(study) for study, data in beyond.FURTHER.items()}
+    return {
+        data: beyond.compared(runs, timed) for data, runs in found.items() if runs is not None and timed is not None
+    }
+
+
+def _elsewhere() -> str:
+    """Which uses of relevance help on other data, a sentence for those that do and one for the rest."""
+    helps = {data: list(table.loc[table["relevance"] & table["helps"], "use"]) for data, table in further().items()}
+    some = [f" On {data} {_listed(names, 'helps', 'help')}." for data, names in helps.items() if names]
+    none = [data for data, names in helps.items() if not names]
+    return "".join(some) + (f" On {_and(none)} no use of relevance is shown to help." if none else "")
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def search() -> Answer:

@@ -1,7 +1,7 @@
 """What is asked of the uses of an explanation: the search, the confirmation, and the comparison of chapters 4 and 5.
 
-The plans are in ``studies/search.toml``, ``confirm.toml``, ``future.toml`` and ``uses.toml``. Not here: the uses
-themselves (`uses`).
+The plans are in ``studies/search.toml``, ``confirm.toml``, ``future.toml`` and the files that begin with ``uses``. Not
+here: the uses themselves (`uses`).
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,18 @@ from athena.experiments.run import Run
 from athena.experiments.study import plain
 
 __all__ = [
-    *("COMPARED", "CONFIRMED", "FAMILIES", "FUTURE", "Compared", "chosen", "compared", "confirmed", "contrast"),
+    *(
+        "COMPARED",
+        "CONFIRMED",
+        "FAMILIES",
+        "FURTHER",
+        "FUTURE",
+        "Compared",
+        "chosen",
+        "compared",
+        "confirmed",
+        "contrast",
+    ),
     *("found", "future", "named", "of_arm", "optimisers", "proposals", "worth"),
 ]
 
@@ -355,27 +366,34 @@ COMPARED: tuple[Compared, ...] = (
     Compared("label smoothing", "", {"smoothing": 0.1}),
 )
 """The uses compared in ``studies/uses.toml``, each with its control."""
+FURTHER: dict[str, str] = {
+    "uses-mnist-10": "10 % of MNIST",
+    "uses-mnistm5k": "digits on photographs",
+    "uses-cifar10": "5 % of CIFAR-10",
+}
+"""The studies that ask the same of other data, and what it is."""
 
 
 def compared(frame: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
     """The comparison of uses by the plan of ``studies/uses.toml``.
 
     Args:
-        frame: ``athena.results("uses")``.
+        frame: ``athena.results("uses")``, or that of one of `FURTHER`.
         timed: ``athena.results("uses-time")``.
 
     Returns:
-        One row for each of `COMPARED`: `use`, `section` and `relevance` (whether it is a use of it); `time`, median
-        training seconds over those of plain training; `epochs` of the plain training of at
-        least the same time; `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with
-        the ending ``_control`` against the control `against`; and `helps`, by the rule of the plan.
+        One row for each of `COMPARED` that `frame` holds: `use`, `section` and `relevance` (whether it is a use of it);
+        `time`, median training seconds over those of plain training; `epochs` of the plain training of at least the
+        same time; `difference`, `low`, `high`, `p_holm`, `p_least`, `verdict` against that; the same with the ending
+        ``_control`` against the control `against`; and `helps`, by the rule of the plan.
     """
     shares = frame["fraction"].nunique()
     longer = {epochs: of_arm(frame, {"epochs": epochs}) for epochs in (3.0, 3.75, 4.5, 6.0)}
     plain_seconds = _seconds(timed, {})
     times = {epochs: _seconds(timed, {"epochs": epochs}) / plain_seconds for epochs in longer}
     rows, first, second = [], [], []
-    for use in COMPARED:
+    uses = [use for use in COMPARED if len(of_arm(frame, use.arm))]
+    for use in uses:
         runs = of_arm(frame, use.arm)
         time = _seconds(timed, use.arm) / plain_seconds
         epochs = next((epochs for epochs in longer if times[epochs] >= time), 6.0)
@@ -387,7 +405,7 @@ def compared(frame: pd.DataFrame, timed: pd.DataFrame) -> pd.DataFrame:
             | {"time": time, "epochs": epochs, "against": use.against}
         )
     own, controls = iter(statistics.family(*first)), iter(statistics.family(*second))
-    for row, use in zip(rows, COMPARED, strict=True):
+    for row, use in zip(rows, uses, strict=True):
         row |= _measured(next(own))
         if use.control:
             row |= {f"{name}_control": value for name, value in _measured(next(controls)).items()}

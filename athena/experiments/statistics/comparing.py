@@ -6,6 +6,7 @@ bootstrap covers 85 to 90 % at ten pairs. Not here: which run is compared with w
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,7 @@ def _holm(p: ArrayLike) -> Floats:
     return corrected
 
 
+@cache
 def _standard_effect(n: int, level: float) -> float:
     """The mean difference, in standard deviations, that a t-test of n pairs finds with `POWER`."""
     return float(TTestPower().solve_power(nobs=n, alpha=level, power=POWER))

@@ -103,9 +103,9 @@ def cells(
     levels = _levels(table, context, over)
 
     wanted = {name: _hashable(item) for name, item in baseline.items()}
-    of_baseline = np.array(
-        [all(row[name] == item for name, item in wanted.items()) for row in _rows(table)], dtype=bool
-    )
+    of_baseline = np.ones(len(table), dtype=bool)
+    for name, item in wanted.items():
+        of_baseline &= np.array([own == item for own in table[name]], dtype=bool)
     plain, treated = table[of_baseline], table[~of_baseline]
     if plain.empty:
         raise ValueError(f"no run matches the baseline {dict(baseline)}; the frame holds {_values(table, baseline)}")
@@ -222,11 +222,12 @@ def _check_fingerprints(table: pd.DataFrame) -> None:
 
 
 def _check_twins(arm: str, runs: pd.DataFrame, columns: Sequence[str]) -> None:
-    seen: dict[tuple[Hashable, ...], Row] = {}
-    for key, row in zip(_keys(runs, columns), _rows(runs.drop(columns=VALUE)), strict=True):
-        twin = seen.setdefault(key, row)
-        if twin is row:
+    seen: dict[tuple[Hashable, ...], int] = {}
+    for place, key in enumerate(_keys(runs, columns)):
+        first = seen.setdefault(key, place)
+        if first == place:
             continue
+        twin, row = _rows(runs.drop(columns=VALUE).iloc[[first, place]])
         differing = {column: (twin[column], row[column]) for column in ARM if twin.get(column) != row.get(column)}
         if differing:
             raise ValueError(
