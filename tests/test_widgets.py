@@ -112,6 +112,14 @@ def test_buttons_and_a_slider_choose_one_of_all_pictures() -> None:
         choices({"a": {"1": Figure()}, "b": {"2": Figure()}}, "letter", "number")
 
 
+def test_sliders_over_charts_follow_the_page_into_the_dark_and_over_images_do_not() -> None:
+    chart, image = Figure(), Figure()
+    chart.subplots().plot([0, 1])
+    image.subplots().imshow([[0, 1]])
+    assert 'class="athena-frames chart"' in frames({"0": chart, "1": chart}, "x").data
+    assert 'class="athena-frames"' in frames({"0": chart, "1": image}, "x").data
+
+
 def test_every_picture_of_a_slider_says_in_words_what_it_shows() -> None:
     figure = Figure()
     axis = figure.subplots()

@@ -9,7 +9,7 @@ import html
 import io
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from IPython.display import HTML
 from matplotlib.figure import Figure
@@ -48,9 +48,10 @@ def frames(pictures: Mapping[str, Figure], label: str, value: str | None = None)
         raise ValueError(f"a slider from {stops} cannot begin at {value!r}")
     first = stops.index(value or stops[0])
     images = _images(list(pictures.items()), first, label)
+    kind = _kind(pictures.values())
     makes_slider = all(QUANTITY.fullmatch(stop) for stop in stops)
     control = _slider(stops, label, first) if makes_slider else _buttons(stops, label, first, images)
-    return HTML(f'<div class="athena-frames">{control}{images}</div>')
+    return HTML(f'<div class="{kind}">{control}{images}</div>')
 
 
 def choices(pictures: Mapping[str, Mapping[str, Figure]], buttons: str, label: str) -> HTML:
@@ -71,7 +72,8 @@ def choices(pictures: Mapping[str, Mapping[str, Figure]], buttons: str, label: s
         for i, (name, its) in enumerate(pictures.items())
     )
     controls = _buttons(list(pictures), buttons, 0, images, step=len(stops[0])) + _slider(stops[0], label, 0)
-    return HTML(f'<div class="athena-frames">{controls}{images}</div>')
+    kind = _kind(figure for its in pictures.values() for figure in its.values())
+    return HTML(f'<div class="{kind}">{controls}{images}</div>')
 
 
 def described(figure: Figure) -> str:
@@ -95,6 +97,12 @@ def png(figure: Figure, reduced: bool = True) -> bytes:
     small = io.BytesIO()
     Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
     return small.getvalue()
+
+
+def _kind(figures: Iterable[Figure]) -> str:
+    """The classes for the style sheet: charts, which hold no image, follow the page into the dark."""
+    holds_images = any(axis.images for figure in figures for axis in figure.axes)
+    return "athena-frames" if holds_images else "athena-frames chart"
 
 
 def _images(pictures: Sequence[tuple[str, Figure]], first: int | None, label: str) -> str:
