@@ -1,11 +1,14 @@
 """Claims about the figures and the sliders made of them: they draw what they are given, and nothing stays behind."""
 
 import itertools
+import re
+from collections.abc import Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
@@ -86,6 +89,36 @@ def test_time_is_drawn_as_a_ratio(frame: pd.DataFrame) -> None:
 
 def images_in(figure: Figure) -> list[np.ndarray]:
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
+
+
+def test_a_text_has_each_tokens_relevance_as_its_background_and_in_words() -> None:
+    relevance = torch.tensor([[0.5, 0.25], [-1.5, 0.0], [0.0, 0.0]], requires_grad=True)
+    page = figures.text(["a < b", "no", "end"], relevance).data
+    titles, alphas = re.findall(r'title="(.*?)"', page), re.findall(r"rgba\((\d+),\d+,(\d+),(.*?)\)", page)
+    assert titles == ["+0.75", "−1.5", "+0"]
+    for number in titles:
+        assert f"> {number} </span>" in page  # heard, not seen
+    (red, blue, some), (its_red, its_blue, full), (*_, none) = [tuple(map(float, found)) for found in alphas]
+    assert red > blue and its_blue > its_red
+    assert (some, full, none) == (pytest.approx(full / 2, abs=0.01), 0.6, 0)
+    assert "a &lt; b" in page and "−1.5 (blue) to +1.5 (red)" in page
+    with pytest.raises(ValueError, match=r"2 tokens and relevance of shape \(3, 2\)"):
+        figures.text(["a", "b"], relevance)
+
+
+@pytest.mark.parametrize("page, writing", [((255, 255, 255), (50, 50, 50)), ((18, 18, 18), (206, 214, 221))])
+def test_a_text_can_be_read_on_a_light_and_a_dark_page(page: tuple[int, ...], writing: tuple[int, ...]) -> None:
+    """A contrast of 4.5 at least, as WCAG asks for."""
+
+    def luminance(colour: Iterable[float]) -> float:
+        parts = [(c / 255 / 12.92 if c < 10 else ((c / 255 + 0.055) / 1.055) ** 2.4) for c in colour]
+        return float(np.dot(parts, [0.2126, 0.7152, 0.0722]))
+
+    for found in re.findall(r"rgba\((.*?)\)", figures.text(["for", "against"], [1.0, -1.0]).data):
+        *colour, alpha = map(float, found.split(","))
+        behind = [alpha * over + (1 - alpha) * under for over, under in zip(colour, page, strict=True)]
+        dark, light = sorted([luminance(behind), luminance(writing)])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def test_heat_maps_sum_relevance_over_channels_and_share_one_scale() -> None:

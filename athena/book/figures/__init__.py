@@ -7,7 +7,7 @@ Not here: the numbers themselves (`athena.statistics`), and anything that moves 
 
 from athena.book.figures.curves import accuracy, differences, paired, ratios, seeds, starts
 from athena.book.figures.diagrams import flow, matrices, network
-from athena.book.figures.maps import answer, arrays, conservation, flipping, heat_maps, progress, relevance_limit
+from athena.book.figures.maps import answer, arrays, conservation, flipping, heat_maps, progress, relevance_limit, text
 from athena.book.figures.style import BIAS, GUIDED, LOW_DATA, PLAIN, RELEVANCE, STABILISER, THESIS, canvas, style
 
 __all__ = [
@@ -36,4 +36,5 @@ __all__ = [
     "seeds",
     "starts",
     "style",
+    "text",
 ]

@@ -1,15 +1,22 @@
 """Heat maps, and what is drawn beside them."""
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from athena.book.figures.style import BIAS, GUIDED, PLAIN, RELEVANCE, STABILISER, canvas, style
+
+COVERED = 0.6
+"""How much of the fullest colour covers the page: writing on it stays readable on a white and on a black one."""
+HEARD = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%);user-select:none"
+"""The style of what a screen reader says and nobody sees."""
 
 
 def heat_maps(
@@ -67,6 +74,45 @@ def heat_maps(
         bar.set_ticks([-1, 0, 1], labels=["−1", "0", "1"] if each else [f"−{most:.2g}", "0", f"{most:.2g}"])
         bar.set_label("relevance / scale of each map" if each else "relevance")
     return figure
+
+
+def text(tokens: Sequence[Any], relevance: Any, limit: float | None = None) -> Any:
+    """A text with the relevance of each token as its background: red speaks for the class explained, blue against it.
+
+    The background is see-through, and so the writing has the colour of the page, be it light or dark. A token's number
+    shows under the mouse, and a screen reader says it after the token.
+
+    Args:
+        tokens: (n,), words or parts of words as they are to be shown.
+        relevance: (n,) or (n, width), which is summed over the width, in the unit of the output that was explained.
+        limit: relevance drawn in the fullest colour; by default the largest in size. What lies beyond has it too.
+
+    Returns:
+        What a notebook shows as HTML.
+
+    Raises:
+        ValueError: there are not as many relevances as tokens.
+    """
+    from IPython.display import HTML  # of the extra `book`
+
+    values = _array(relevance).astype(float)
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and relevance of shape {values.shape}: give each token its relevance")
+    values = values.reshape(len(tokens), -1).sum(1)
+    most = limit or float(np.abs(values).max(initial=0)) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        share = float(np.clip(value / most, -1, 1))
+        full = ",".join(f"{255 * part:.0f}" for part in colormaps[RELEVANCE](0.85 if value > 0 else 0.15)[:3])
+        number = f"{value:+.3g}".replace("-", "−")
+        spans.append(
+            f'<span title="{number}" style="background:rgba({full},{COVERED * abs(share):.2f});border-radius:3px;'
+            f'padding:.1em .25em">{html.escape(str(token))}<span style="{HEARD}"> {number} </span></span>'
+        )
+    ends = f"{-most:.2g} (blue) to {most:+.2g} (red)".replace("-", "−")
+    return HTML(
+        f'<p style="line-height:1.9;overflow-wrap:anywhere">{" ".join(spans)}<br><small>relevance, {ends}</small></p>'
+    )
 
 
 def relevance_limit(*maps: Any, share: float = 0.998) -> float:
