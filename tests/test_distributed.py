@@ -122,6 +122,37 @@ def test_gradients_in_two_processes_are_those_of_one_on_the_whole_batch(tmp_path
     torch.multiprocessing.spawn(work, ((tmp_path / "rendezvous").as_uri(),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
 
 
+def refused(rank: int, path: str) -> None:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=path, rank=rank, world_size=PROCESSES)
+    mesh, (x, y) = init_device_mesh("cpu", (PROCESSES,)), batch()
+    for plan, where in (
+        ({"1.0": ColwiseParallel(), "2": RowwiseParallel()}, "2"),
+        ({"1.0": RowwiseParallel(input_layouts=Replicate())}, "1.0"),
+        ({"2": ColwiseParallel(use_local_output=False)}, "2"),
+    ):
+        sentence = (
+            rf"'{where}' uses tensor parallelism \(DTensor; under DDP and FSDP layers are whole\), and LRP has no"
+        )
+        model = parallelize_module(network(), mesh, plan)
+        expected = model(x)
+        with pytest.raises(athena.UnsupportedLayer, match=sentence):
+            athena.lrp(model, x)
+        with athena.Guidance(model, scope="all"), pytest.raises(athena.UnsupportedLayer, match=sentence):
+            F.cross_entropy(model(x), y).backward()
+        torch.testing.assert_close(model(x), expected)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_tensor_parallel_models_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(refused, ((tmp_path / "rendezvous").as_uri(),), nprocs=PROCESSES)  # type: ignore[no-untyped-call]
+
+
 def test_the_wrapper_is_guided_as_the_module_inside() -> None:
     model = network()
     parallel = nn.DataParallel(copy.deepcopy(model))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from athena.propagation.walk import Walk
@@ -113,11 +114,15 @@ def number_of_outputs(node: Any) -> int:
 
 def shares_memory(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     """Whether `tensor` is one of the others, or a view of one."""
-    if tensor.layout is not torch.strided:
+    if not _has_memory(tensor):
         return any(tensor is other for other in others)
     memory = tensor.untyped_storage().data_ptr()
-    dense = (other for other in others if other.layout is torch.strided)
-    return any(other.untyped_storage().data_ptr() == memory for other in dense)
+    return any(other.untyped_storage().data_ptr() == memory for other in others if _has_memory(other))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has a memory of its own: one that is sparse, or made of others as a DTensor is, has none."""
+    return tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
 
 
 def dimension(saved: int, z: Tensor) -> int:

@@ -16,6 +16,9 @@ from athena.propagation.notes import Notes, tensors_in, writes_in_place
 
 __all__ = ["Call", "Trace"]
 
+TENSOR_PARALLEL = ("_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward")
+"""The nodes by which `torch.distributed.tensor` hands tensors to its layers, moves their parts and gives them back."""
+
 
 class Call(NamedTuple):
     """One call of a function of PyTorch.
@@ -88,7 +91,10 @@ class Trace(Notes):
         in_place = writes_in_place(function, args, kwargs or {})
         for tensor in tensors_in(args, kwargs):
             if tensor.requires_grad:
-                edge = get_gradient_edge(tensor)
+                try:
+                    edge = get_gradient_edge(tensor)
+                except AssertionError:  # the part of a DTensor that is here has no place in the graph
+                    continue
                 operands[edge.node, edge.output_nr] = tensor.detach().clone() if in_place else tensor.detach()
         out = super().__torch_function__(function, types, args, kwargs)
         name = getattr(function, "__name__", "operation")
@@ -150,6 +156,8 @@ class Trace(Notes):
         elif not what:
             if call is not None:
                 what = repr(call.name)
+            elif kind in TENSOR_PARALLEL:
+                what = "tensor parallelism (DTensor; under DDP and FSDP layers are whole)"
             elif kind.startswith("CompiledFunction"):
                 what = "a compiled function"
             elif kind.rstrip("0123456789") == kind:
