@@ -5,8 +5,9 @@ Relevance is drawn on a diverging scale with white at zero: red speaks for the c
 Not here: the numbers themselves (`athena.statistics`), and anything that moves (`athena.widgets`).
 """
 
-from athena.book.figures.curves import accuracy, differences, paired, ratios, seeds, starts
+from athena.book.figures.curves import accuracy, differences, paired, ratios, seeds, starts, two_arms
 from athena.book.figures.diagrams import flow, matrices, network
+from athena.book.figures.early_stopping import epochs_trained, stopping, thesis_columns
 from athena.book.figures.maps import answer, arrays, conservation, flipping, heat_maps, progress, relevance_limit, text
 from athena.book.figures.style import BIAS, GUIDED, LOW_DATA, PLAIN, RELEVANCE, STABILISER, THESIS, canvas, style
 
@@ -24,6 +25,7 @@ __all__ = [
     "canvas",
     "conservation",
     "differences",
+    "epochs_trained",
     "flipping",
     "flow",
     "heat_maps",
@@ -35,6 +37,9 @@ __all__ = [
     "relevance_limit",
     "seeds",
     "starts",
+    "stopping",
     "style",
     "text",
+    "thesis_columns",
+    "two_arms",
 ]

@@ -117,6 +117,55 @@ def paired(frame: pd.DataFrame, arms: Sequence[tuple[str, Mapping[str, Any]]]) -
     return figure
 
 
+def two_arms(
+    frame: pd.DataFrame,
+    table: pd.DataFrame,
+    baseline: tuple[str, Any],
+    labels: tuple[str, str],
+    title: str,
+    limits: Mapping[str, tuple[float, float]],
+    published: pd.DataFrame | None = None,
+) -> Figure:
+    """Two arms against the share of the data: left their accuracies, right their difference, with a dot for each pair.
+
+    Args:
+        frame: runs of both arms, as `athena.results` gives them.
+        table: their rows of `athena.statistics.compare`, by fraction.
+        baseline: the column that tells the arms apart, and its value in the first of them.
+        labels: what to call the two.
+        title: of the figure.
+        limits: of the axes: ``"share"`` of both, ``"accuracy"`` and ``"difference"``, in percent and points.
+        published: the thesis's accuracies of the two arms in percent, a column each, by percent of the data.
+    """
+    name, value = baseline
+    frame = statistics.paired(frame, name)
+    sides = frame[frame[name] == value], frame[frame[name] != value]
+    one, other = (100 * side.set_index(["fraction", "seed"])["accuracy"] for side in sides)
+    pairs = (other - one).dropna()
+    part = table[table["n"] > 0].sort_values("fraction")
+    with style():
+        figure, (left, right) = canvas(1, 2, (8.4, 3.5))
+        for side, label, colour, marker in zip(sides, labels, (PLAIN, GUIDED), "os", strict=True):
+            if len(side):
+                _mean_line(left, side, label, colour, marker)
+        right.plot(100 * pairs.index.get_level_values(0), pairs, "o", color=GUIDED, alpha=0.4, markersize=4)
+        _with_interval(right, 100 * part["fraction"], 100 * part[["difference", "low", "high"]], "", "black")
+        if published is not None:
+            for (_, column), line, label in zip(published.items(), (":", "--"), labels, strict=True):
+                left.plot(column, line, color=THESIS, label=f"thesis, {label}")
+            right.plot(published.iloc[:, 1] - published.iloc[:, 0], "--", color=THESIS)
+        right.axhline(0, color="black", linewidth=0.8)
+        if pairs.empty:
+            right.set_title("not yet run" + ("" if published is None else ", the thesis alone"))
+        across = {"xlabel": "share of the training data (%)", "xlim": limits["share"]}
+        left.set(**across, ylabel="test accuracy (%)", ylim=limits["accuracy"])
+        right.set(**across, ylabel=f"{labels[1]} − {labels[0]} (points)", ylim=limits["difference"])
+        figure.suptitle(title, fontsize=10, fontweight="bold")
+        if left.lines:
+            left.legend(loc="lower right")
+    return figure
+
+
 def starts(table: pd.DataFrame, names: Mapping[str, str]) -> Figure:
     """Guided minus plain accuracy for each start of relevance, epsilon, factor and share of the data, as a map.
 
@@ -171,6 +220,8 @@ def ratios(table: pd.DataFrame, published: pd.DataFrame | None = None) -> Figure
 def _around_the_lines(axis: Axes) -> tuple[float, float]:
     """Limits that hold every line; the band of a few runs of which one collapsed would reach far below 0 %."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axis.lines])
+    if np.isnan(values).all():
+        return 0.0, 100.0
     low, high = np.nanmin(values), np.nanmax(values)
     return max(0.0, low - 0.1 * (high - low) - 0.5), min(100.5, high + 0.1 * (high - low) + 0.5)
 
