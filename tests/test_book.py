@@ -76,6 +76,14 @@ def test_a_chapter_says_what_it_teaches_and_asks_three_questions_whose_answers_a
     assert cells["summary"].source.startswith("## In short")
 
 
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if path.stem < "09"], ids=lambda path: path.stem)
+def test_a_chapter_can_be_read_as_code_too(path: Path) -> None:
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    lines = {cell.id: sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in cells}
+    assert max(lines.values()) <= 40, lines
+    assert sum(lines.values()) <= 250
+
+
 def test_every_page_of_the_contents_exists_and_every_chapter_is_in_them() -> None:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
     pages = [contents["root"], *(chapter["file"] for part in contents["parts"] for chapter in part["chapters"])]

@@ -3,7 +3,7 @@
 Not here: what the chapter works out number by number, which stands in its own cells.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,24 @@ from torch import Tensor, nn
 from athena.attribution.superpixels import label_maps
 from athena.book.figures import GUIDED, PLAIN, RELEVANCE, THESIS, canvas, style
 
-__all__ = ["bare", "classical", "filters", "levels", "numbers", "overfitting", "signed"]
+__all__ = [
+    "bare",
+    "channels",
+    "channels_told",
+    "classical",
+    "coarser",
+    "cross_entropy",
+    "filters",
+    "levels",
+    "numbers",
+    "overfitting",
+    "overfitting_told",
+    "pixels",
+    "probabilities",
+    "signed",
+    "softmax",
+    "softmax_told",
+]
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -173,6 +190,20 @@ def overfitting(
     return figure, found
 
 
+def overfitting_told(found: Mapping[int, tuple[float, float, float]]) -> str:
+    """What `overfitting` has found, in words; found: by the number of images, few of them first."""
+    (few, everything), ((train_few, test_few, least), (train_all, test_all, _)) = found, found.values()
+    assert train_few > 0.99 and test_few < test_all
+    rise = f"With {few} images the loss on the test set ends {1 / least:.2f} times as high as it was at its lowest. "
+    return (
+        f"**That is overfitting.** With {few} images the network gets {100 * train_few:.0f} % of them right, and "
+        f"{100 * test_few:.0f} % of the test set; with all {everything:,} it is {100 * train_all:.0f} % and "
+        f"{100 * test_all:.0f} %. {rise if least < 0.99 else ''}Training accuracy that rises while test accuracy does "
+        "not is the sign of overfitting. Where both fall together it is something else, which the chapter on guided "
+        "training comes back to."
+    )
+
+
 def filters(
     images: Tensor, labels: Tensor, picture: Tensor, seed: int, epochs: int = 3
 ) -> tuple[Figure, nn.Sequential]:
@@ -207,6 +238,124 @@ def filters(
         for axis, name in zip(axes[:, 0], ("at random", "learned", "its map"), strict=True):
             axis.set_ylabel(name)
     return figure, network
+
+
+def softmax(z: Tensor) -> Tensor:
+    """The formula as it stands, for logits (classes,)."""
+    return z.exp() / z.exp().sum()
+
+
+def probabilities(logits: Tensor, temperature: float) -> Figure:
+    """Logits (classes,) over a temperature, and what softmax makes of them."""
+    scaled = logits / temperature
+    with style():
+        figure, axes = canvas(1, 2, (5.6, 2.1), sharey=True)
+        for axis, values, digits, tone in zip(
+            axes, (scaled, 100 * softmax(scaled)), (2, 1), (PLAIN, THESIS), strict=True
+        ):
+            bars = axis.barh(range(len(logits)), values, color=tone, height=0.6)
+            axis.bar_label(bars, [signed(value, digits) for value in values], padding=3, fontsize=9)
+        axes[0].set(xlim=(-6, 10.5), xlabel="logit / T", title=f"T = {temperature:g}", xticks=range(-4, 9, 4))
+        axes[1].set(xlim=(0, 118), xlabel="probability (%)", title="after softmax", xticks=range(0, 101, 25))
+        axes[0].set_yticks(range(len(logits)), [f"class {c}" for c in range(len(logits))])
+        axes[0].invert_yaxis()
+    return figure
+
+
+def softmax_told(logits: Tensor, temperatures: Sequence[float]) -> str:
+    """What temperatures and a shift do to the probabilities, and where the formula fails."""
+    shifted = softmax(logits + 5)
+    assert torch.allclose(shifted, softmax(logits)) and torch.allclose(softmax(logits), logits.softmax(0))
+    sharp, flat = softmax(logits / 0.25), softmax(logits / 10)
+    assert all(torch.equal(softmax(logits / T).argsort(), logits.argsort()) for T in temperatures)
+    huge = torch.tensor([1000.0, 999.0])
+    assert torch.isnan(softmax(huge)).all() and torch.allclose(huge.softmax(0), torch.tensor([1.0, 0.0]).softmax(0))
+    return (
+        f"A low temperature makes the winner certain ({100 * sharp.max():.1f} % at T = 0.25), a high one makes all "
+        f"classes nearly alike (from {100 * flat.min():.1f} to {100 * flat.max():.1f} % at T = 10); the order never "
+        "changes. **Adding the same number to all logits changes nothing**: with 5 added to each, the probabilities "
+        f"differ by at most {(shifted - softmax(logits)).abs().max():.0e}. Only differences of logits count. PyTorch "
+        "makes use of that and subtracts the largest first: the formula as it stands fails for logits of 1000, where "
+        "the exponential overflows."
+    )
+
+
+def cross_entropy(p: Tensor, gradient: Tensor) -> Figure:
+    """The loss against the probability of the right class, with a dot for each class, and the gradient of the logits.
+
+    Args:
+        p, gradient: (classes,).
+    """
+    with style():
+        figure, (left, right) = canvas(1, 2, (5.6, 2.2))
+        given = torch.linspace(0.005, 1, 200)
+        left.plot(given, -given.log(), color=PLAIN)
+        left.plot(p, -p.log(), "o", color=THESIS)
+        left.set(xlabel="probability of the right class", ylabel="loss")
+        right.barh(range(len(p)), gradient, color=[GUIDED if g < 0 else THESIS for g in gradient], height=0.6)
+        right.axvline(0, color="black", linewidth=0.8)
+        right.set_yticks(range(len(p)), [f"class {c}" for c in range(len(p))])
+        right.set(xlabel="gradient of the logit")
+        right.invert_yaxis()
+    return figure
+
+
+def pixels(picture: Tensor, side: int = 10) -> Figure:
+    """A picture (32, 32), and its brightest field of `side` × `side` as the numbers that are stored."""
+    ink = F.avg_pool2d(picture[None], side, stride=1)[0]
+    top, left = divmod(int(ink.argmax()), ink.shape[1])
+    crop = (255 * picture).round().int()[top : top + side, left : left + side]
+    with style():
+        figure, axes = canvas(1, 2, (7.0, 3.5))
+        axes[0].imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axes[0].add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor=THESIS, linewidth=2.5))
+        axes[0].set(xlabel="column", ylabel="row", xticks=range(0, 32, 5), yticks=range(0, 32, 5), title="as a picture")
+        axes[0].grid(visible=False)
+        numbers(axes[1], crop, "as numbers", 0, 255)
+        axes[1].set_xticks(range(0, side, 3), range(left, left + side, 3))
+        axes[1].set_yticks(range(0, side, 3), range(top, top + side, 3))
+        axes[1].set_xlabel("column")
+    return figure
+
+
+CHANNELS = ("red", "green", "blue")
+
+
+def channels(photograph: Tensor) -> Figure:
+    """A colour image (3, h, w) and its channels."""
+    with style():
+        figure, axes = canvas(1, 4, (7.2, 2.1))
+        axes[0].imshow(photograph.permute(1, 2, 0))
+        bare(axes[0], "colour image")
+        for axis, channel, title in zip(axes[1:], photograph, CHANNELS, strict=True):
+            axis.imshow(channel, cmap="gray", vmin=0, vmax=1)
+            bare(axis, f"{title} channel")
+    return figure
+
+
+def channels_told(photograph: Tensor, picture: Tensor) -> str:
+    """One pixel of the colour image, and how many numbers both images are."""
+    middle = (255 * photograph[:, 16, 16]).round().int().tolist()
+    assert photograph.numel() == 3 * picture.numel()
+    return (
+        "Of the colour image above, the pixel in row 16, column 16 is "
+        f"{', '.join(f'{name} {value}' for name, value in zip(CHANNELS, middle, strict=True))}. Each of the three is "
+        "one byte, so a pixel takes three bytes; the thesis's three bytes for each colour would allow "
+        f"{256**3:,} values, not the 0 to 255 that it goes on to name. The grey digit is {picture.numel():,} numbers, "
+        f"the colour image {photograph.numel():,}, and the 256 × 256 colour image of the thesis's example "
+        f"{256 * 256 * 3:,}."
+    )
+
+
+def coarser(picture: Tensor, photograph: Tensor, side: int) -> Figure:
+    """A grey (32, 32) and a colour image (3, 32, 32) with `side` × `side` pixels."""
+    with style():
+        figure, axes = canvas(1, 2, (5.6, 2.7))
+        for axis, image in zip(axes, (picture[None], photograph), strict=True):
+            part = F.avg_pool2d(image, 32 // side)
+            axis.imshow(part.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1)
+            bare(axis, f"{side} × {side} pixels, {part.numel():,} numbers")
+    return figure
 
 
 def _train(
