@@ -14,22 +14,7 @@ from athena.book import figures
 from athena.book.tables import shown
 from athena.relevance import Relevance
 
-__all__ = ["account", "channels", "networks_shown", "refused_told", "strips"]
-
-
-def strips(rows: Sequence[tuple[Sequence[str], Sequence[float]]]) -> Figure:
-    """Words, each on the colour of its relevance; every row of words on a scale of its own."""
-    with figures.style():
-        figure, axes = figures.canvas(len(rows), 1, (8.4, 0.75 * len(rows)), squeeze=False)
-        for axis, (words, relevance) in zip(axes[:, 0], rows, strict=True):
-            most = max(map(abs, relevance))
-            axis.imshow([relevance], cmap=figures.RELEVANCE, vmin=-most, vmax=most, aspect="auto")
-            for place, (word, its) in enumerate(zip(words, relevance, strict=True)):
-                colour = "white" if abs(its) > 0.7 * most else "black"
-                axis.text(place, 0, f"{word}\n{its:+.2f}", ha="center", va="center", fontsize=8, color=colour)
-            axis.set(xticks=[], yticks=[])
-            axis.grid(visible=False)
-    return figure
+__all__ = ["account", "channels", "networks_shown", "refused_told"]
 
 
 def account(title: str, explained: Relevance) -> dict[str, str]:
