@@ -23,7 +23,15 @@ from athena.experiments import (
     cost,
     grid,
 )
+from athena.experiments.cost import core_hours
 from athena.training import Run
+
+
+def test_core_hours_are_those_on_cpus_and_of_runs_on_a_gpu_what_they_would_take_there() -> None:
+    lines = [line_of(run, "0") | {"seconds": 900.0} for run in grid(replace(TINY, threads=2), seed=range(3))]
+    gpu = [line_of(run, "0") | {"device": "cuda (a GPU)"} for run in grid(TINY, seed=range(5, 9))]
+    measured, estimated = core_hours([*lines, lines[0], *gpu])
+    assert (measured, estimated) == (pytest.approx(3 * 0.5), pytest.approx(4 * 0.5))
 
 
 def test_what_a_chapter_collects_is_trained_once_and_only_where_it_is_missing(

@@ -1,6 +1,7 @@
 """Claims about how the book writes its results down."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from athena import experiments, statistics, tables
+from athena.book import scale
 from athena.book.timing import step_ratios
 
 
@@ -27,9 +29,10 @@ def test_a_difference_stands_in_points_with_its_interval() -> None:
     assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((experiments.root() / "results" / "benchmarks").iterdir()), ids=lambda p: p.stem
-)
+BENCHMARKS = sorted((experiments.root() / "results" / "benchmarks").iterdir())
+
+
+@pytest.mark.parametrize("path", [path for path in BENCHMARKS if path.stem != "scale"], ids=lambda p: p.stem)
 def test_a_stored_benchmark_compares_every_arm_with_the_first_of_its_table(path: Path) -> None:
     conditions, measured = tables.benchmark(path.stem)
     assert conditions.startswith("PyTorch 2.") and conditions.endswith((" CPU time", " wall-clock time"))
@@ -40,6 +43,16 @@ def test_a_stored_benchmark_compares_every_arm_with_the_first_of_its_table(path:
         milliseconds, ratio = table.iloc[:, 1], table.iloc[:, 2]
         assert ratio[0] == 1
         assert ratio.to_numpy() == pytest.approx(milliseconds / milliseconds[0], rel=0.2)
+
+
+def test_a_sweep_keeps_nine_tenths_of_the_ideal_throughput_of_two_processes_with_runs_of_one_second() -> None:
+    table, said = scale.table(), scale.limits()
+    (two,) = re.findall(r"Two processes keep (\d+) % of the ideal throughput with runs of 1 s", said)
+    assert int(two) >= 90
+    assert table.loc["2 processes, runs of 1 s", "of the ideal"] == f"{two} %"
+    (most,) = re.findall(r"and so ends (\d+) a second at most", said)
+    times = table.loc["1000 threads of Dask, runs of 1 s", ["scheduler (ms a run)", "store (ms a run)"]].astype(float)
+    assert int(most) == pytest.approx(1000 / times.max(), rel=0.02)
 
 
 def test_the_table_of_a_benchmark_leaves_empty_what_was_not_measured() -> None:
