@@ -121,6 +121,40 @@ def test_early_stopping_itself_is_that_of_the_answers(stopped: Collected) -> Non
         assert whole.loc[share, "n"] == 10
 
 
+def test_a_patience_keeps_the_accuracy_of_the_epoch_it_stops_for() -> None:
+    table = stopping_effects.patiences()
+    of_test = table[table["looks at"] == "test set"].set_index(["most", "patience"])["difference"]
+    runs = experiments.results("cifar-linear").query("factor == 0 and precision == 'tf32' and seed < 4")
+    curves = runs[runs["fraction"] > 0.02].set_index(["fraction", "seed"])["accuracies"]
+    for most, shares in ((3, 10), (4, 11)):  # the table of 7.2.4 has no 5 %
+        own = curves[-4 * shares :] if most == 4 else curves[curves.index.get_level_values(0) > 0.06]
+        assert len(own) == 4 * shares
+        best = own.map(lambda values, most=most: max(values[:most]) - values[2])
+        assert of_test[most, most - 1] == pytest.approx(best.mean())
+    assert of_test[4, 1] <= of_test[4, 3]
+    theirs = {of: cifar.thesis(of)["accuracy_standard"] for of in ("7.2.1", "7.2.4")}
+    assert 100 * table["thesis"].iloc[0] == pytest.approx((theirs["7.2.4"] - theirs["7.2.1"]).mean())
+
+
+def test_the_sentences_on_patience_follow_the_table() -> None:
+    row = {
+        "most": 4,
+        "looks at": "test set",
+        "patience": 1,
+        "difference": 0.03,
+        "low": 0.02,
+        "high": 0.04,
+        "thesis": 0.025,
+    }
+    other = row | {"patience": 2, "difference": 0.06, "low": 0.05, "high": 0.07}
+    alone = other | {"looks at": "nothing", "patience": float("nan")}
+    (said,) = stopping_effects.patiences_said(pd.DataFrame([row, other, alone]))
+    assert "nearest to the thesis is a patience of 1, which gains +3.00" in said
+    assert "+2.50, lies in the interval. As many whole epochs without early stopping gain +6.00" in said
+    (said,) = stopping_effects.patiences_said(pd.DataFrame([row | {"thesis": 0.05}]))
+    assert "every patience gains +3.00" in said and said.endswith("+5.00, is above the whole interval.")
+
+
 def test_the_number_of_an_arm_leaves_out_the_shares_that_measure_the_rule(stopped: Collected) -> None:
     ((table, said),) = stopping_effects.endpoints(stopped, SEEDS)
     assert table is not None and sorted(table.index) == ["linear part, factor 0.1", "whole network, factor 0.1"]

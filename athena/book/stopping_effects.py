@@ -3,18 +3,22 @@
 Not here: the runs themselves (`athena.book.stopping`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from athena.book import tables
 from athena.book.answers import early_stopping_itself
-from athena.book.cifar import FILES, NAMES, Collected, arm_name, compared, thesis
-from athena.book.stopping import EPOCHS, WITH, every_arm, named, of_scope, pick
-from athena.book.tables import points, shown
+from athena.book.cifar import FILES, NAMES, Collected, after, arm_name, compared, studies, thesis
+from athena.book.stopping import EPOCHS, WITH, WITHOUT, ends, every_arm, named, of_scope, pick
+from athena.book.tables import points, shown, signed
 from athena.experiments import statistics
 
-__all__ = ["common", "complete", "endpoints", "itself", "itself_said", "test_set", "test_set_gains"]
+__all__ = [
+    *("common", "complete", "endpoints", "itself", "itself_said", "patiences", "patiences_said", "patiences_shown"),
+    *("test_set", "test_set_gains"),
+]
 
 RULE_ALONE = 0.05
 """Up to this share of the data nearly all runs are stopped, many at chance."""
@@ -50,6 +54,97 @@ def itself_said(runs: Collected) -> str:
         )
     told = " ".join(said)
     return f"**By itself the rule of this book is no help.** {told} Another patience would be another experiment."
+
+
+def patiences() -> pd.DataFrame:
+    """What rules of early stopping do to plain training, in the stored runs, beside what the thesis's rule did.
+
+    The rule of the studies was measured. The runs without early stopping hold the test accuracy after each epoch, so
+    what a window of one epoch and any patience would have kept of them, looking at the test set, is known as well. The
+    looks within an epoch are not stored.
+
+    Returns:
+        A row for each rule: `most`, the epochs a run may have; `window` and `patience` in epochs; `looks at`; the
+        columns of `athena.statistics.compare`, against three whole epochs, over the shares that the thesis has;
+        `least`, the smallest of these, and `at_least`, the difference there; `thesis`, `thesis_at_least`, its own.
+    """
+    free = pd.concat([study.store.frame() for study in studies().values()]).drop_duplicates("key")
+    free = free.query("factor == 0 and precision == 'tf32'").assign(epochs=EPOCHS["all"])
+    without = after(free, EPOCHS["all"]).assign(monitor="none")
+    rows = []
+    for scope in ("all", "linear"):
+        theirs = (thesis(WITH[scope])["accuracy_standard"] - thesis(WITHOUT[scope])["accuracy_standard"]).dropna() / 100
+        study = studies("-early-stopping")[scope]
+        measured = study.store.frame().query("factor == 0 and precision == 'tf32' and monitor == 'validation'")
+        rules: list[tuple[float, float, str, pd.DataFrame]]
+        rules = [(study.base.window, study.base.patience, "held-out tenth", measured.assign(epochs=EPOCHS["all"]))]
+        for epochs in range(1, EPOCHS[scope]):
+            kept = [_kept(curve[: EPOCHS[scope]], epochs) for curve in free["accuracies"]]
+            rules.append((1, epochs, "test set", free.assign(accuracy=kept)))
+        if EPOCHS[scope] > EPOCHS["all"]:  # what more epochs do by themselves
+            rules.append((math.nan, math.nan, "nothing", after(free, EPOCHS[scope])))
+        for window, patience, looks_at, stopped in rules:
+            both = pd.concat([without, stopped.assign(monitor=looks_at)])
+            both = both[(100 * both["fraction"]).round().isin(theirs.index)]
+            by_share = compared(both, ("monitor", "none")).sort_values("fraction").iloc[0]
+            rows.append(
+                {"most": EPOCHS[scope], "window": window, "patience": patience, "looks at": looks_at}
+                | compared(both, ("monitor", "none"), over="fraction").iloc[0].to_dict()
+                | {"least": by_share["fraction"], "at_least": by_share["difference"]}
+                | {"thesis": theirs.mean(), "thesis_at_least": theirs[round(100 * by_share["fraction"])]}
+            )
+    return pd.DataFrame(rows)
+
+
+def _kept(curve: Sequence[float], patience: int) -> float:
+    """The accuracy after the epoch that early stopping keeps, if it looks at that very accuracy."""
+    scores = pd.Series(curve, index=range(1, len(curve) + 1))
+    return float(scores[ends(scores, patience)[1]])
+
+
+def patiences_shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `patiences` for reading."""
+    rows = [
+        {
+            "at most": f"{row['most']} epochs",
+            "window, patience": "none" if pd.isna(row["window"]) else f"{row['window']:g}, {row['patience']:g}",
+            "plain training gains": points(row),
+            "in the thesis": signed(100 * row["thesis"]),
+            "at the smallest share": f"{signed(100 * row['at_least'])} at {100 * row['least']:g} %",
+            "there in the thesis": signed(100 * row["thesis_at_least"]),
+            "looks at": row["looks at"],
+            "pairs": row["n"],
+        }
+        for _, row in table.iterrows()
+    ]
+    return shown(pd.DataFrame(rows), "at most")
+
+
+def patiences_said(table: pd.DataFrame) -> list[str]:
+    """What comes nearest to the thesis's gain among the rules of `patiences` with a window of one epoch."""
+    said = []
+    for most, rules in table.groupby("most"):
+        looked, alone = (rules[rules["looks at"] == at] for at in ("test set", "nothing"))
+        gap = (looked["difference"] - looked["thesis"]).abs()
+        near = looked[gap <= gap.min() + 1e-12].sort_values("patience").iloc[0]
+        found = (
+            f"every patience gains {points(near)} points"
+            if looked["difference"].round(4).nunique() == 1
+            else f"nearest to the thesis is a patience of {near['patience']:g}, which gains {points(near)} points"
+        )
+        where = "is above the whole interval" if near["thesis"] > near["high"] else "lies in the interval"
+        where = "is below the whole interval" if near["thesis"] < near["low"] else where
+        said.append(
+            f"**With at most {most} epochs**, looked at once an epoch, {found}. The thesis's own gain, "
+            f"{signed(100 * near['thesis'])}, {where}."
+            + "".join(
+                f" As many whole epochs without early stopping gain {points(row)}: it is the longer training that "
+                "gains, and not the rule."
+                for _, row in alone.iterrows()
+                if row["difference"] > near["difference"] / 2
+            )
+        )
+    return said
 
 
 def test_set(runs: Collected, peeked: Sequence[float]) -> tuple[pd.DataFrame, str]:
