@@ -86,6 +86,7 @@ def test_a_bound_is_the_tenth_above_every_interval() -> None:
     assert answers.bound(pd.DataFrame({"low": [-0.002], "high": [0.001]})) == "0.3"
 
 
+@pytest.mark.slow
 def test_the_story_holds_every_answer() -> None:
     story = answers.story()
     for make in answers.EVERY:
@@ -95,7 +96,7 @@ def test_the_story_holds_every_answer() -> None:
 def test_an_interval_ends_where_no_accuracy_could_be() -> None:
     from athena import tables
 
-    whole = statistics.compare(results("mnist-factors").query("factor in (0, 10) and fraction == 1"))
+    whole = statistics.compare(results("mnist-factors").query("factor in (0, 10) and fraction == 1 and seed < 4"))
     assert whole["low"].iloc[0] < -whole["baseline_mean"].iloc[0]
     assert tables.possible(whole)["low"].iloc[0] == -whole["baseline_mean"].iloc[0]
 
@@ -116,6 +117,7 @@ def test_a_study_under_way_is_not_looked_at(answer, study: str, monkeypatch: pyt
     assert "open" not in answer().says
 
 
+@pytest.mark.slow
 def test_the_answer_of_the_search_follows_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     def use(run: Run) -> bool:
         return run.factor == -0.25 and run.control is None

@@ -50,6 +50,7 @@ def test_a_published_number_far_outside_is_ruled_out(table: pd.DataFrame) -> Non
     assert set(first["verdict"]) <= {"published number ruled out", "loss"}
 
 
+@pytest.mark.slow
 def test_the_p_of_a_largest_is_the_share_of_seed_flips_with_as_large_a_largest() -> None:
     reading = next(reading for reading in claims.readings() if reading.claim == "C5")
     frame = experiments.results("mnist-factors").query("factor in (0, 1)")

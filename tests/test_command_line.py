@@ -77,6 +77,7 @@ def test_every_command_has_help(command: str) -> None:
     assert result.exit_code == 0 and "Usage" in result.stdout
 
 
+@pytest.mark.slow
 def test_claims_lists_every_claim_with_its_verdict() -> None:
     shown = athena("claims").stdout
     for number in range(1, 21):

@@ -285,6 +285,7 @@ def test_a_control_shares_initial_weights_subset_and_order_of_batches_with_its_p
     assert all(map(torch.equal, plain, weights(replace(TINY, factor=1e-30, control=control))))
 
 
+@pytest.mark.slow
 def test_a_control_works_in_bfloat16_and_in_the_convolutional_network() -> None:
     run = replace(TINY, model="cnn", fraction=0.004, epochs=1, batch_size=8, scope="all", precision="bfloat16")
     for control in ("shuffled", "gradient_activation"):

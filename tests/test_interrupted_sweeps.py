@@ -41,6 +41,7 @@ def _children() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_sweep_and_loses_runs_in_flight_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ QUICK = {"seed": [0, 1, 2]}
 LONG = {"seed": [0, 1, 2], "fraction": [1.0], "epochs": [1000]}  # minutes each
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_sweep_its_workers_and_nothing_that_was_measured(
     tmp_path: Path, start: Callable[[int], Live]
 ) -> None:

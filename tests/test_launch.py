@@ -67,6 +67,7 @@ def test_with_no_address_the_install_cell_says_how_to_install(monkeypatch: pytes
         exec(CELLS[""], {})
 
 
+@pytest.mark.slow
 def test_with_an_address_the_install_cell_leaves_a_book_that_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -488,6 +488,7 @@ def test_a_family_of_two_tables_is_corrected_as_one():
     assert tables[0]["fraction"].tolist() == [0.01, 0.02]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([0.001, 0.004, 0.01, 0.02, 0.03, 0.5, 1.0]), min_size=1, max_size=12))
 @settings(max_examples=10)
 def test_holms_correction_is_that_of_statsmodels(p):
