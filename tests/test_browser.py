@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,13 @@ def sliders(page: Page) -> list[Locator]:
 
 def shown(slider: Locator) -> tuple[str, str]:
     """The stop whose picture is shown, and the file of that picture, once it is loaded."""
-    picture = slider.locator("img:not([hidden])")
-    assert picture.count() == 1
+    at = slider.locator("[data-stop]:not([hidden])")
+    assert at.count() == 1
+    picture = at.locator("img").first if at.locator("img").count() else at  # of several panels, or of one
     picture.scroll_into_view_if_needed()
     loaded = picture.evaluate("one => one.decode().then(() => one.naturalWidth > 0, () => false)")
     assert loaded, picture.get_attribute("src")
-    return picture.get_attribute("data-stop") or "", picture.get_attribute("src") or ""
+    return at.get_attribute("data-stop") or "", picture.get_attribute("src") or ""
 
 
 def stops(slider: Locator) -> Iterator[tuple[str, str]]:
@@ -96,7 +98,7 @@ def stops(slider: Locator) -> Iterator[tuple[str, str]]:
         control = by_range if by_range.count() else slider.locator("input").first
         control.press("Home") if by_range.count() else control.check()
         control.focus()  # a button that was chosen already is not clicked
-        for _ in range(slider.locator("img").count() // max(1, len(buttons))):
+        for _ in range(slider.locator("[data-stop]").count() // max(1, len(buttons))):
             stop, picture = shown(slider)
             control = slider.locator("input:focus")
             said = control.evaluate("one => one.getAttribute('aria-valuetext') || one.labels[0].textContent.trim()")
@@ -124,9 +126,28 @@ def test_every_slider_goes_by_keyboard_through_its_pictures_and_says_where_it_st
     page, faults = opened(context, HTML / f"{name}.html")
     for slider in sliders(page):
         pictures = dict(stops(slider))
-        assert len(pictures) == slider.locator("img").count()
+        assert len(pictures) == slider.locator("[data-stop]").count()
         assert len(set(pictures.values())) > 1, "every stop shows the same"
     assert not faults
+
+
+@pytest.mark.parametrize(
+    "wanted, page",
+    [
+        ("gradient explosion", "05-guided-training"),
+        ("label smoothing", "10-beyond"),
+        ("Grad-CAM", "02-explaining"),
+        ("early stopping patience", "08-cifar10-early-stopping"),
+    ],
+)
+def test_search_finds_what_stands_in_the_text_without_a_network(
+    context: BrowserContext, wanted: str, page: str
+) -> None:
+    search = context.new_page()
+    search.goto(f"{(HTML / 'search.html').as_uri()}?q={wanted.replace(' ', '+')}")
+    found = search.locator(f"#search-results a[href*='{page}']").first
+    found.wait_for()
+    assert found.is_visible()
 
 
 @pytest.mark.parametrize("context", [(PHONE, "light")], indirect=True, ids=str)
@@ -139,6 +160,26 @@ def test_figures_can_be_read_on_a_phone(context: BrowserContext, name: str) -> N
     assert all(width >= min(natural, 600) for natural, width in sizes), sizes
 
 
+@pytest.mark.parametrize("context", [(PHONE, "light"), (DESKTOP, "light")], indirect=True, ids=str)
+def test_panels_of_a_chart_stand_side_by_side_or_on_a_phone_one_below_the_other(context: BrowserContext) -> None:
+    page, _ = opened(context, HTML / "06-mnist-factors.html")
+    on_phone = page.viewport_size is not None and page.viewport_size["width"] == PHONE
+    charts = page.locator(".panels:not([hidden])").all()
+    assert len(charts) > 2
+    for chart in charts:
+        boxes = [box for panel in chart.locator(".panel").all() if (box := panel.bounding_box())]
+        assert len(boxes) > 1
+        for above, below in pairwise(boxes):
+            assert below["y"] > above["y"] if on_phone else below["y"] == above["y"]
+        room, picture = chart.bounding_box(), chart.locator("img").first.bounding_box()
+        assert room and picture
+        assert all(box["x"] + box["width"] <= room["x"] + room["width"] + 1 for box in boxes)
+        if on_phone:  # each panel is as wide as the page, not as its share of it
+            assert picture["width"] > 1.4 * room["width"]
+        else:
+            assert abs(picture["width"] - room["width"]) < 2
+
+
 def test_there_are_sliders_to_move(context: BrowserContext) -> None:
     assert len(sliders(opened(context, HTML / "03-lrp-heatmaps.html")[0])) == 3
 
@@ -148,7 +189,7 @@ def test_a_slider_that_does_not_move_is_noticed(context: BrowserContext) -> None
     page, _ = opened(context, HTML / "index.html")
     slider = sliders(page)[0]
     slider.locator("input").evaluate("one => { one.oninput = null; }")
-    assert len(dict(stops(slider))) == 1 < slider.locator("img").count()
+    assert len(dict(stops(slider))) == 1 < slider.locator("[data-stop]").count()
 
 
 CUT = """

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from athena import experiments, figures, statistics, tables, training
-from athena.book import answers, cifar, epochs, stopping, stopping_effects
+from athena.book import answers, cifar, epochs, saving, stopping, stopping_effects, two_networks
 from athena.book.cifar import Collected
 from athena.experiments import data
+from athena.experiments.data.originals import CIFAR10_CLASSES
 from athena.training import Run
 
 SHARES, SEEDS = (0.05, 0.3), 4
@@ -259,3 +260,35 @@ def test_the_sentence_on_the_rule_follows_the_verdicts() -> None:
 
 def test_the_thesis_has_no_numbers_for_other_data() -> None:
     assert cifar.thesis("7.2.3", "mnistm5k").empty and len(cifar.thesis("7.2.3")) == 11
+
+
+def test_half_the_data_for_the_same_accuracy_is_a_saving_and_the_same_curve_is_none() -> None:
+    def runs(times: float) -> pd.DataFrame:
+        rng = np.random.default_rng(0)
+        rows = [
+            {"fraction": share, "factor": factor, "seed": seed, "accuracy": 0.8 + 0.05 * np.log(share * more) + noise}
+            for seed, noise in enumerate(rng.uniform(0, 1e-4, 10))
+            for factor, more in ((0.0, 1.0), (0.1, times * (1 + noise)))
+            for share in (0.05, 0.1, 0.2, 0.5, 1.0)
+        ]
+        return pd.DataFrame(rows).assign(fingerprint="0", device="cpu", code="0")
+
+    table, above = saving.saved({"twice": runs(2.0), "as much": runs(1.0)})
+    assert above == ["twice, 10 seeds"]
+    assert [row.split()[0] for row in table.data["times the data"]] == ["2.000", "1.000"]
+
+
+def test_data_saved_under_early_stopping_is_of_the_shares_of_the_endpoint(stopped: Collected) -> None:
+    assert stopping_effects.data_efficiency(stopped) == (None, [])  # 30 % alone is above those that measure the rule
+
+
+def test_the_maps_of_the_two_networks_are_those_stored() -> None:
+    stored = two_networks.load()
+    assert list(stored["networks"]) == ["plain", "guided", "plain, another seed"]
+    assert stored["labels"] == list(range(10)), "the first test image of each class"
+    figure = two_networks.drawn(stored)
+    titles = [axis.get_title() for axis in figure.axes[:10]]
+    assert titles == list(CIFAR10_CLASSES)
+    drawn = np.asarray(figure.axes[10].images[0].get_array())
+    assert drawn.shape == (32, 32) and 0.99 < abs(drawn).max() <= 1.5
+    assert "cosine similarity" in two_networks.said(stored)

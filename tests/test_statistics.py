@@ -13,8 +13,20 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from athena.experiments import results
-from athena.experiments.statistics.pairing import cells
-from athena.statistics import chance, compare, data_efficiency, family, paired, ratio, run_fields, summary, verdict
+from athena.statistics import (
+    chance,
+    compare,
+    coverage,
+    data_efficiency,
+    false_verdicts,
+    family,
+    paired,
+    ratio,
+    residuals,
+    run_fields,
+    summary,
+    verdict,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -533,38 +545,32 @@ def test_the_detectable_effect_is_found_in_four_of_five_samples(n, m):
 
 
 @functools.cache
-def residuals(study):
-    """Paired differences of a committed study less the mean of their cell, all with the spread of a sample of one."""
-    frame = results(study).query("precision != 'bfloat16'")
-    found = []
-    for cell in cells(frame, {"factor": 0}, "accuracy", same=("device",)):
-        plain, guided = cell.arms()
-        if len(plain) >= 4 and np.ptp(guided - plain) > 0:
-            rest = guided - plain - (guided - plain).mean()
-            found.append(rest / rest.std() * (len(rest) / (len(rest) - 1)) ** 0.5)
-    return np.concatenate(found)
+def rest_of(study):
+    return residuals(results(study).query("precision != 'bfloat16'"))
 
 
 @pytest.mark.parametrize("n", [4, 10, 15, 30])
 @pytest.mark.parametrize("study", ["cifar-again", "mnist-first", "mnist-factors"])
 def test_the_interval_covers_94_to_97_percent_on_the_residuals_of_the_studies(study, n):
-    rng = np.random.default_rng(0)
-    rest = residuals(study)
-    rest = np.concatenate([rest, -rest]) if study == "mnist-factors" else rest - rest.mean()
-    hits = [low <= 0 <= high for _, low, high in (summary(rng.choice(rest, n)) for _ in range(1500))]
-    assert 0.94 - 0.01 <= np.mean(hits) <= 0.97 + 0.01
+    assert 0.94 - 0.01 <= coverage(rest_of(study), n) <= 0.97 + 0.01
+
+
+def test_residuals_have_no_mean_in_any_cell_and_a_spread_of_one():
+    rest = residuals(study(*arms([0.5] * 5, [0.51, 0.52, 0.53, 0.53, 0.60])))
+    assert rest.mean() == pytest.approx(0) and rest.std(ddof=1) == pytest.approx(5 / 4)
+    assert rest[4] > 1.5 and (rest[:4] < 0).all()
+
+
+def test_an_interval_of_a_few_very_skewed_values_covers_less():
+    skewed = np.array([0.0] * 99 + [100.0])
+    assert coverage(skewed, 4) < 0.2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n, shares", [(6, 1), (10, 1), (10, 12), (12, 4)])
 def test_a_method_without_effect_is_given_a_verdict_in_no_more_than_5_percent_of_the_studies(n, shares):
-    rng = np.random.default_rng(0)
-    rest, studies, found = residuals("cifar-again"), 300, 0
-    for _ in range(studies):
-        table = gains(*(0.01 * rng.choice(rest, (shares, n)) * rng.choice([-1, 1], (shares, n))))
-        found += any(verdict(row) in ("gain", "loss") for _, row in table.iterrows())
     # The sign-flip test uses up all of its 5 %, so a count above 15 is common: one in a thousand is above this one.
-    assert found <= stats.binom.ppf(0.999, studies, 0.05)
+    assert 300 * false_verdicts(rest_of("cifar-again"), n, shares) <= stats.binom.ppf(0.999, 300, 0.05)
 
 
 def test_chance_has_the_spread_that_was_measured_and_no_effect():

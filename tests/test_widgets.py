@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import re
 import time
 from typing import Any
@@ -10,10 +11,12 @@ import ipywidgets
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
-from athena import data, widgets
+from athena import data, figures, widgets
 from athena.book.widgets.relevance import Pad
+from athena.book.widgets.slider import png
 from athena.widgets import FactorExplorer, RelevanceExplorer, choices, frames
 
 SMALL: dict[str, Any] = {"fraction": 0.01, "epochs": 1}  # 40 images of mnist5k, one batch
@@ -118,6 +121,21 @@ def test_sliders_over_charts_follow_the_page_into_the_dark_and_over_images_do_no
     image.subplots().imshow([[0, 1]])
     assert 'class="athena-frames chart"' in frames({"0": chart, "1": chart}, "x").data
     assert 'class="athena-frames"' in frames({"0": chart, "1": image}, "x").data
+
+
+def test_a_picture_notes_the_gaps_between_its_panels_and_one_panel_has_none() -> None:
+    def noted(columns: int, title: str = "") -> list[float]:
+        with figures.style():
+            figure, axes = figures.canvas(1, columns, (8.4, 3), squeeze=False)
+        for axis in axes.flat:
+            axis.set(xlabel="step", ylabel="loss", title="a panel")
+        figure.suptitle(title)
+        return [float(edge) for edge in Image.open(io.BytesIO(png(figure))).info.get("panels", "").split()]
+
+    assert noted(1) == []
+    assert noted(2) == [0.0, pytest.approx(0.5, abs=0.02), 1.0]
+    assert noted(3) == [0.0, pytest.approx(1 / 3, abs=0.02), pytest.approx(2 / 3, abs=0.02), 1.0]
+    assert noted(2, "A title as long as the two panels of this picture are wide, and so one that must not be cut") == []
 
 
 def test_every_picture_of_a_slider_says_in_words_what_it_shows() -> None:

@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from athena.book import tables
+from athena.book import figures, tables
 from athena.book.cifar import (
     CHANCE,
     NAMES,
@@ -23,7 +24,8 @@ from athena.book.cifar import (
     studies,
     thesis,
 )
-from athena.book.tables import percent, points, shown
+from athena.book.saving import saved
+from athena.book.tables import points, shown
 from athena.experiments import statistics
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
         "complete",
         "data_efficiency",
         "dips",
+        "layers_drawn",
         "level",
         "notice",
     ),
@@ -44,6 +47,16 @@ __all__ = [
 
 Again = Mapping[tuple[float, float, int], tuple[pd.Series, pd.Series]]
 """By factor, share of the data and epochs: a row of `athena.statistics.compare` for the first seeds, and for others."""
+
+
+def layers_drawn() -> Figure:
+    """The convolutional network from the image to the logits, its linear part in another colour (thesis figure 7.8)."""
+    upper = ["image\n3 × 32 × 32", "conv1\n64 maps", "conv2\n64", "pool1", "conv3\n128", "conv4\n128", "pool2"]
+    lower = ["conv5\n256", "pool3", "linear1\n1024", "linear2\n512", "linear3\n10 logits"]
+    boxes = {text: (float(i), 0.0) for i, text in enumerate(upper)}
+    boxes |= {text: (6.0 - i, 1.0) for i, text in enumerate(lower)}
+    arrows = [(start, end, "") for start, end in itertools.pairwise(boxes)]
+    return figures.flow(boxes, arrows, (8.4, 2.0), dict.fromkeys(lower[2:4], figures.GUIDED))
 
 
 def notice(runs: Collected, dataset: str) -> str:
@@ -320,25 +333,14 @@ def data_efficiency(frame: pd.DataFrame, arms: Sequence[Arm], epochs: Sequence[i
     Returns:
         A row for each arm and number of epochs; and a sentence on those whose interval lies above 1, if there are any.
     """
-    rows, above = [], []
-    for of, count in itertools.product(arms, epochs):
-        (found,) = statistics.data_efficiency(arm(after(frame, count), *of), any_code=True).to_dict("records")
-        overlap = not pd.isna(found["ratio"])
-        reached = f"{percent(found['reached_from'])} to {percent(found['reached_to'])}"
-        rows.append(
-            {
-                "arm": arm_name(*of),
-                "epochs": count,
-                "seeds": found["n"],
-                "times the data": f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]" if overlap else "",
-                "read at accuracies": reached if overlap else "none that both reach",
-            }
-        )
-        if overlap and round(found["low"], 3) > 1:
-            above.append(f"{arm_name(*of)}, {count} epochs, {found['n']:g} seeds")
+    named = {
+        f"{arm_name(*of)}, {count} epochs": arm(after(frame, count), *of)
+        for of, count in itertools.product(arms, epochs)
+    }
+    table, above = saved(named)
     said = (
-        f"Of {len(rows)} intervals {len(above)} {'lies' if len(above) == 1 else 'lie'} above 1: {'; '.join(above)}. "
+        f"Of {len(named)} intervals {len(above)} {'lies' if len(above) == 1 else 'lie'} above 1: {'; '.join(above)}. "
         "It is no saving of data by the rule of this book: nothing is corrected for the number of intervals, and the "
         "cells that it rests on are among those above that thirty other seeds did not confirm."
     )
-    return shown(pd.DataFrame(rows), "arm"), said if above else ""
+    return table, said if above else ""

@@ -11,13 +11,14 @@ import pandas as pd
 from athena.book import tables
 from athena.book.answers import early_stopping_itself
 from athena.book.cifar import FILES, NAMES, Collected, after, arm_name, compared, studies, thesis
+from athena.book.saving import saved
 from athena.book.stopping import EPOCHS, WITH, WITHOUT, ends, every_arm, named, of_scope, pick
 from athena.book.tables import points, shown, signed
 from athena.experiments import statistics
 
 __all__ = [
-    *("common", "complete", "endpoints", "itself", "itself_said", "patiences", "patiences_said", "patiences_shown"),
-    *("test_set", "test_set_gains"),
+    *("common", "complete", "data_efficiency", "endpoints", "itself", "itself_said"),
+    *("patiences", "patiences_said", "patiences_shown", "test_set", "test_set_gains"),
 ]
 
 RULE_ALONE = 0.05
@@ -232,13 +233,7 @@ def endpoints(runs: Collected, seeds: int) -> list[tuple[pd.DataFrame | None, li
         Tables whose p are corrected together, None where no share is complete, with what they are averaged over.
     """
     first, second = complete(runs), complete(runs, seeds)
-    above = [
-        {
-            scope: [share for share in shares if share > RULE_ALONE or not runs.as_planned]
-            for scope, shares in of.items()
-        }
-        for of in ((first,) if first == second else (first, second))
-    ]
+    above = [_without_rule_alone(runs, of) for of in ((first,) if first == second else (first, second))]
     measured = [_endpoint(runs, shares) for shares in above if any(shares.values())]
     corrected = iter(statistics.family(*measured) if measured else [])
     found: list[tuple[pd.DataFrame | None, list[str]]] = []
@@ -258,6 +253,27 @@ def endpoints(runs: Collected, seeds: int) -> list[tuple[pd.DataFrame | None, li
                 said.append(f"{NAMES[scope].capitalize()}: no share is complete, {tables.NOT_RUN}.")
         found.append((table, said))
     return found
+
+
+def data_efficiency(runs: Collected) -> tuple[pd.DataFrame | None, list[str]]:
+    """How many times the data guidance saves under early stopping, at the complete shares (thesis figures 7.12, 7.13).
+
+    Returns:
+        As `athena.book.saving.saved`; the table is None where no scope has two such shares.
+    """
+    shares = _without_rule_alone(runs, complete(runs))
+    named = {}
+    for scope, factors in of_scope(runs).items():
+        if len(shares[scope]) > 1:
+            for factor in factors:
+                own = pick(runs, scope, [0, factor])
+                named[arm_name(scope, factor)] = own[own["fraction"].isin(shares[scope])]
+    return saved(named) if named else (None, [])
+
+
+def _without_rule_alone(runs: Collected, shares: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The shares of each scope at which more than the rule is measured."""
+    return {scope: [share for share in of if share > RULE_ALONE or not runs.as_planned] for scope, of in shares.items()}
 
 
 def _endpoint(runs: Collected, shares: Mapping[str, Sequence[float]]) -> pd.DataFrame:

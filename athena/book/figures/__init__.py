@@ -5,7 +5,7 @@ Relevance is drawn on a diverging scale with white at zero: red speaks for the c
 Not here: the numbers themselves (`athena.statistics`), and anything that moves (`athena.widgets`).
 """
 
-from athena.book.figures.curves import accuracy, differences, paired, ratios, seeds, starts, two_arms
+from athena.book.figures.curves import accuracy, differences, last_epochs, paired, ratios, seeds, starts, two_arms
 from athena.book.figures.diagrams import flow, matrices, network
 from athena.book.figures.early_stopping import epochs_trained, stopping, thesis_columns
 from athena.book.figures.maps import answer, arrays, conservation, flipping, heat_maps, progress, relevance_limit, text
@@ -29,6 +29,7 @@ __all__ = [
     "flipping",
     "flow",
     "heat_maps",
+    "last_epochs",
     "matrices",
     "network",
     "paired",

@@ -54,6 +54,32 @@ def accuracy(
     return figure
 
 
+def last_epochs(arms: Mapping[str, pd.DataFrame], epochs: tuple[int, int]) -> Figure:
+    """Mean test accuracy after each of two numbers of epochs, plain and guided, a panel for each arm.
+
+    Args:
+        arms: for each title the runs of one guided arm and their plain partners; `accuracies` holds the accuracy after
+            each epoch, 0 to 1.
+        epochs: the two numbers.
+    """
+    with style():
+        figure, axes = canvas(1, len(arms), (8.4, 3.2), squeeze=False, sharey=True)
+        for axis, (title, frame) in zip(axes[0], arms.items(), strict=True):
+            for name, colour, own in (
+                ("plain", PLAIN, frame[frame["factor"] == 0]),
+                ("guided", GUIDED, frame[frame["factor"] != 0]),
+            ):
+                for count, line in zip(epochs, ("--", "-"), strict=True):
+                    means = 100 * own["accuracies"].str[count - 1].groupby(own["fraction"]).mean()
+                    axis.plot(
+                        100 * means.index, means, line, color=colour, linewidth=1.3, label=f"{name}, {count} epochs"
+                    )
+            axis.set(title=title, xlabel="share of the training data (%)")
+        axes[0, 0].set_ylabel("test accuracy (%)")
+        axes[0, 0].legend(loc="lower right")
+    return figure
+
+
 def seeds(runs: pd.DataFrame) -> str:
     """How many seeds of an arm have run at a share of the data: one number, or the least and the most."""
     numbers = runs.groupby("fraction")["seed"].nunique()
@@ -62,7 +88,9 @@ def seeds(runs: pd.DataFrame) -> str:
 
 
 def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None = None) -> Figure:
-    """Guided minus plain accuracy against the share of the data, one panel for each factor, each with its own scale.
+    """Guided minus plain accuracy against the share of the data, a panel for each factor, column by column.
+
+    Each panel has its own scale.
 
     Args:
         table: from `athena.statistics.compare`, with columns factor and fraction.
@@ -73,9 +101,10 @@ def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None
     rows = -(-len(factors) // columns)
     with style():
         figure, axes = canvas(rows, columns, (8.4, 2.5 * rows + 0.3), sharex=True, squeeze=False)
-        for axis in axes.flat[len(factors) :]:
+        down = list(axes.T.flat)  # column by column, in which order a phone stacks them
+        for axis in down[len(factors) :]:
             axis.set_visible(False)
-        for axis, factor in zip(axes.flat, factors, strict=False):
+        for axis, factor in zip(down, factors, strict=False):
             part = table[table["factor"] == factor].sort_values("fraction")
             _with_interval(axis, 100 * part["fraction"], 100 * part[["difference", "low", "high"]], "measured", GUIDED)
             if thesis and factor in thesis:
@@ -88,8 +117,8 @@ def differences(table: pd.DataFrame, thesis: Mapping[float, pd.DataFrame] | None
             axis.tick_params(labelbottom=True)
         for axis in axes[:, 0]:
             axis.set_ylabel("guided − plain (points)")
-        for axis in axes[-1]:
-            axis.set_xlabel("share of the training data (%)")
+        for column in axes.T:
+            [axis for axis in column if axis.get_visible()][-1].set_xlabel("share of the training data (%)")
     return figure
 
 

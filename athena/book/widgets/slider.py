@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 FOLLOW = (
     "const frames = this.closest('.athena-frames'), slider = frames.querySelector('input[type=range]');"
     "let place = 0;"
     "frames.querySelectorAll('input[type=range], input:checked').forEach("
     "control => { place += control.value * control.dataset.step; });"
-    "const all = [...frames.querySelectorAll('img')];"
+    "const all = [...frames.querySelectorAll('[data-stop]')];"
     "all.forEach((picture, i) => { picture.hidden = i !== place; });"
     "const said = all[place].dataset.stop;"
     "if (slider) { slider.setAttribute('aria-valuetext', said); frames.querySelector('output').value = said; }"
@@ -94,8 +95,11 @@ def png(figure: Figure, reduced: bool = True) -> bytes:
     figure.savefig(drawn, format="png")
     if not reduced:
         return drawn.getvalue()
-    small = io.BytesIO()
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    small, noted, picture = io.BytesIO(), PngInfo(), Image.open(drawn)
+    if "panels" in picture.info:  # where its panels lie, for a phone
+        noted.add_text("panels", picture.info["panels"])
+    few = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(small, format="png", optimize=True, pnginfo=noted)
     return small.getvalue()
 
 
