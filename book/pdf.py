@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from playwright.sync_api import sync_playwright
 
 OUTPUT = Path(__file__).resolve().parent / "_build"
@@ -25,6 +26,37 @@ OWN_NAMES = """
     document.querySelectorAll(".bibtex-citation a").forEach(a => { a.hash = "literature-" + a.hash.slice(1); });
 """
 
+# The first page: title, author, and the chapters, each with a link.
+FRONT = """
+    ([title, author]) => {
+        const front = document.createElement("section");
+        front.className = "front";
+        front.innerHTML = `<h1></h1><p></p><p class="day"></p><h2>Contents</h2><ol></ol>`;
+        front.querySelector("h1").textContent = title;
+        front.querySelector("p").textContent = author;
+        front.querySelector(".day").textContent = new Date().toLocaleDateString("en-GB", {dateStyle: "long"});
+        document.querySelectorAll('span[id^="document-"] + section > h2').forEach(heading => {
+            const link = document.createElement("a");
+            link.textContent = heading.firstChild.textContent;
+            link.hash = heading.parentElement.id;
+            front.querySelector("ol").appendChild(document.createElement("li")).appendChild(link);
+        });
+        document.querySelector("article").prepend(front);
+    }
+"""
+# MathJax draws formulae. Their TeX lies over each as text in a colour that cannot be seen, to be searched and copied.
+AS_TEXT = """
+    () => {
+        for (const formula of window.MathJax?.startup?.document?.math ?? []) {
+            const text = document.createElement("span");
+            text.className = "as-text";
+            text.textContent = formula.math;
+            formula.typesetRoot.style.position = "relative";
+            formula.typesetRoot.append(text);
+        }
+    }
+"""
+
 
 def print_page(page: Path, chromium: str) -> None:
     """Print a page on A4, once its formulae and pictures stand."""
@@ -37,6 +69,9 @@ def print_page(page: Path, chromium: str) -> None:
         if tab.locator(".math").count() != tab.locator(".math:has(mjx-container)").count():
             sys.exit("The formulae could not be drawn: without npm, `make book` leaves them to the network.")
         tab.evaluate(OWN_NAMES)
+        settings = yaml.safe_load((Path(__file__).resolve().parent / "_config.yml").read_text("utf8"))
+        tab.evaluate(FRONT, [settings["title"], settings["author"]])
+        tab.evaluate(AS_TEXT)
         tab.pdf(
             path=PDF,
             format="A4",

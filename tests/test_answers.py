@@ -139,10 +139,10 @@ def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.
     monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, gain))
     monkeypatch.setattr(beyond, "FURTHER", {"uses-mnist-10": "10 % of MNIST", "uses-cifar10": "5 % of CIFAR-10"})
     text = answers.uses().says
-    assert "On 10 % of MNIST features × (1 + R) helps." in text
-    assert "On 5 % of CIFAR-10 no use of relevance is shown to help." in text
+    assert "On 10 % of MNIST, features × (1 + R) helps." in text
+    assert "On 5 % of CIFAR-10, no use of relevance is shown to help." in text
     assert "features × (1 + R) helps" in text
-    assert "By its plan gradient × relevance harms" in text
+    assert "Harm is done by 1 of them: gradient × relevance." in text
 
 
 def test_the_book_in_short_follows_the_studies(monkeypatch: pytest.MonkeyPatch) -> None:

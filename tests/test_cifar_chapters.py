@@ -254,7 +254,14 @@ def test_the_sentence_on_the_rule_follows_the_verdicts() -> None:
     assert cifar.tested(["gain", "loss", "no effect shown"]).endswith(
         "1 pass the first half as a gain and 1 as a loss."
     )
-    assert cifar.tested(["no effect shown"]).endswith("**no effect shown**.")
+    assert cifar.tested(["no effect shown"] * 2).endswith(
+        "Of 2 cells, corrected over all of them, none shows an effect."
+    )
+    assert cifar.tested(["cannot be tested"] * 3).endswith("None of 3 cells has pairs enough to be tested.")
+    few = cifar.tested(["cannot be tested", "no effect shown", "no effect shown"])
+    assert few.endswith(
+        "1 have too few pairs to be tested. Of the others, corrected over all of them, none shows an effect."
+    )
     assert cifar.tested([]).endswith("nothing can be said yet.")
 
 
@@ -275,7 +282,7 @@ def test_half_the_data_for_the_same_accuracy_is_a_saving_and_the_same_curve_is_n
 
     table, above = saving.saved({"twice": runs(2.0), "as much": runs(1.0)})
     assert above == ["twice, 10 seeds"]
-    assert [row.split()[0] for row in table.data["times the data"]] == ["2.000", "1.000"]
+    assert [row.split()[0] for row in table["times the data"]] == ["2.000", "1.000"]
 
 
 def test_data_saved_under_early_stopping_is_of_the_shares_of_the_endpoint(stopped: Collected) -> None:

@@ -26,7 +26,7 @@ def test_a_difference_stands_in_points_with_its_interval() -> None:
         tables.points({"difference": 0.00123, "low": -0.004, "high": 0.01}) == "+0.12 [−0.40,\N{NO-BREAK SPACE}+1.00]"
     )
     assert tables.points({"difference": -0.5, "low": float("nan"), "high": float("nan")}) == "−50.00 (one pair)"
-    assert tables.percent(0.93721) == "93.7 %" and tables.percent(0.5, 0) == "50 %"
+    assert tables.percent(0.93721) == "93.7\N{NO-BREAK SPACE}%" and tables.percent(0.5, 0) == "50\N{NO-BREAK SPACE}%"
 
 
 BENCHMARKS = sorted((experiments.root() / "results" / "benchmarks").iterdir())
@@ -47,9 +47,9 @@ def test_a_stored_benchmark_compares_every_arm_with_the_first_of_its_table(path:
 
 def test_a_sweep_keeps_nine_tenths_of_the_ideal_throughput_of_two_processes_with_runs_of_one_second() -> None:
     table, said = scale.table(), scale.limits()
-    (two,) = re.findall(r"Two processes keep (\d+) % of the ideal throughput with runs of 1 s", said)
+    (two,) = re.findall(r"Two processes keep (\d+)\s% of the ideal throughput with runs of 1 s", said)
     assert int(two) >= 90
-    assert table.loc["2 processes, runs of 1 s", "of the ideal"] == f"{two} %"
+    assert table.loc["2 processes, runs of 1 s", "of the ideal"] == f"{two}\N{NO-BREAK SPACE}%"
     (most,) = re.findall(r"and so ends (\d+) a second at most", said)
     times = table.loc["1000 threads of Dask, runs of 1 s", ["scheduler (ms a run)", "store (ms a run)"]].astype(float)
     assert int(most) == pytest.approx(1000 / times.max(), rel=0.02)

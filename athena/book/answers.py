@@ -20,7 +20,7 @@ from athena.experiments import shortcut as planted
 
 __all__ = [
     *("EVERY", "Answer", "cifar", "further", "guidance", "is_it_relevance", "mnist", "search", "shortcut"),
-    *("stopping_linear", "stopping_whole", "story", "uses", "whole"),
+    *("stopping_linear", "stopping_whole", "story", "tested", "uses", "whole"),
 ]
 
 Shares = tuple[float, float]
@@ -31,6 +31,12 @@ BEYOND_THE_RULE: Shares = (0.05, 1.0)
 """At 5 % of the data and less, early stopping ends nearly every run, many of them at chance."""
 GPU: dict[str, Any] = {"precision": "tf32"}
 SPOKEN = {"gain": "a gain", "loss": "a loss", "no effect shown": "no effect is shown"}
+FOUND = {
+    "gain": "a gain with",
+    "loss": "a loss with",
+    "no effect shown": "no effect is shown with",
+    "cannot be tested": "too few pairs to test",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ def mnist() -> Answer:
             f"The first experiment has {int(first['n'].min())} pairs of runs for each reading, so such a gain would "
             "have been seen"
             + (f"; {len(lost)} of the {len(first)} readings shows a loss. " if len(lost) else ". ")
-            + _tested(whole)
+            + tested(whole)
         ),
         change=(
             f"{_more(pairs)}Another start of relevance: where it starts from the predicted class alone, factor 10 "
@@ -107,12 +113,12 @@ def cifar() -> Answer:
         question="Does relevance help a convolutional network on CIFAR-10, in every layer or in its linear part?",
         says=(
             f"No help is shown. In the linear part, guided minus plain is {points(linear)} points over all shares of "
-            f"the data and {points(few)} up to {percent(FEW[1], 0)} of the data; the thesis's gain of "
+            f"the data and {points(few)} from 5 to {percent(FEW[1], 0)} of the data; the thesis's gain of "
             f"{says['C14']:.2f} points is {settled}. In the whole network it is {points(whole)} points with factor 0.1 "
             f"and {points(tiny)} with 0.001, and the thesis has no gain there either."
         ),
         sure=(
-            f"{_tested(pd.DataFrame([linear]))} Up to {percent(FEW[1], 0)} of the data there are {few['n']} pairs, "
+            f"{tested(pd.DataFrame([linear]))} From 5 to {percent(FEW[1], 0)} of the data there are {few['n']} pairs, "
             f"which would have shown {100 * few['detectable']:.1f} points with a probability of 80 %."
         ),
         change=(
@@ -147,7 +153,7 @@ def guidance() -> Answer:
         says=(
             "It multiplies the gradient at each guided neuron by 1 + λR, and the product is what goes on to the layers "
             "below. On a processor, training the fully connected network then takes "
-            f"{time['ratio'].min():.2f} to {time['ratio'].max():.2f} times as long, in the thesis "
+            f"{time['ratio'].min():.2f} to {time['ratio'].max():.2f} times as long; in the thesis, on a GPU, "
             f"{theirs.min():.2f} to {theirs.max():.2f} times."
         ),
         sure=(
@@ -170,7 +176,7 @@ def whole(study: str) -> pd.DataFrame | None:
 
 
 def is_it_relevance() -> Answer:
-    """The decisive experiment (chapter 9): relevance beside its shuffle, the gradient, and label smoothing."""
+    """The decisive experiment (Does it hold up?): relevance beside its shuffle, the gradient, and label smoothing."""
     runs = whole("decisive")
     if runs is None:
         return _open("9", DECISIVE, "decisive")
@@ -178,9 +184,9 @@ def is_it_relevance() -> Answer:
     helps, worth = decisive.conclusions(table)
     told = {(row["contrast"], row["protocol"]): row for _, row in table.iterrows()}
     by_protocol = [
-        f"under {'the ' if protocol.startswith('thesis') else ''}{protocol} it differs by "
-        f"{points(told['A', protocol])} points from the same with its numbers shuffled, and by "
-        f"{points(told['B', protocol])} from loss gradient times activation, which needs no LRP"
+        f"under {'the ' if protocol.startswith('thesis') else ''}{protocol}, relevance minus the same numbers shuffled "
+        f"is {points(told['A', protocol])} points, and relevance minus the loss gradient times the activation, which "
+        f"needs no LRP, {points(told['B', protocol])}"
         for protocol in decisive.PROTOCOLS
     ]
     tuned = told["C", "OneCycle"]
@@ -194,14 +200,18 @@ def is_it_relevance() -> Answer:
                 if any(helps.values())
                 else "It is not shown that relevance is what helps"
             )
-            + f". Beside label smoothing, given the same time, it adds {points(tuned)} points under OneCycle: "
+            + f". Added to label smoothing, given the same time, it changes accuracy by {points(tuned)} points under "
+            + "OneCycle: "
             + ("worth using." if worth else "not shown to be worth using.")
         ),
         sure=(
             f"{int(table['n'].min())} seeds at four shares of MNIST, six contrasts corrected together, by a plan that "
             "was committed before the first run."
         ),
-        change="Another network or other data. What these seeds could have shown stands in chapter 9.",
+        change=(
+            "Another network or other data. What these seeds could have shown stands in "
+            "[Does it hold up?](09-does-it-hold-up.ipynb)."
+        ),
     )
 
 
@@ -222,14 +232,14 @@ def uses() -> Answer:
         sections="4 and 5",
         question=question,
         says=(
-            (f"Of {len(own)} uses of relevance " + _listed(list(helps["use"]), "helps", "help") + ". ")
-            + (f"By its plan {_listed(list(harms['use']), 'harms', 'harm')}. " if len(harms) else "")
+            (f"Of {len(own)} uses of relevance, " + _listed(list(helps["use"]), "helps", "help") + ". ")
+            + (f"Harm is done by {len(harms)} of them: {'; '.join(harms['use'])}. " if len(harms) else "")
             + f"Label smoothing, which needs no explanation and no time, gains {points(smoothing)} points."
             + _elsewhere()
         ),
         sure=(
-            f"{int(table['n'].min())} seeds, {_shares(runs)} of MNIST, and as many new seeds for each of the others; "
-            "one network, strengths that were not tuned. The plans were committed before the runs."
+            f"{int(table['n'].min())} seeds at {_shares(runs)} of MNIST, and ten new ones for each other data set; "
+            "strengths were not tuned. The plans were committed before the runs."
         ),
         change="Tuned strengths, other networks, and the settings of the papers, which are larger.",
     )
@@ -247,9 +257,9 @@ def further() -> dict[str, pd.DataFrame]:
 def _elsewhere() -> str:
     """Which uses of relevance help on other data, a sentence for those that do and one for the rest."""
     helps = {data: list(table.loc[table["relevance"] & table["helps"], "use"]) for data, table in further().items()}
-    some = [f" On {data} {_listed(names, 'helps', 'help')}." for data, names in helps.items() if names]
+    some = [f" On {data}, {_listed(names, 'helps', 'help')}." for data, names in helps.items() if names]
     none = [data for data, names in helps.items() if not names]
-    return "".join(some) + (f" On {_and(none)} no use of relevance is shown to help." if none else "")
+    return "".join(some) + (f" On {_and(none)}, no use of relevance is shown to help." if none else "")
 
 
 def _and(names: Sequence[str]) -> str:
@@ -257,11 +267,11 @@ def _and(names: Sequence[str]) -> str:
 
 
 def search() -> Answer:
-    """The search of chapter 10 and its confirmation."""
+    """The search of the chapter on the search and its confirmation."""
     question = "Is there a use of relevance in training that beats what a practitioner does without it?"
     tried = beyond.found(results("search"))
     chosen = beyond.chosen(tried)
-    names = " and ".join(f"{row['family']}, {row['setting']}" for _, row in chosen.iterrows())
+    names = " and ".join(f"{row['family']}, {row['setting']}".replace("-", "−") for _, row in chosen.iterrows())
     families = tried.loc[tried["family"] != "baselines", "family"].nunique()
     searched = f"Of {len(tried)} settings in {families} families the search chose {names}. "
     runs = whole("confirm")
@@ -293,7 +303,7 @@ def _proposed() -> str:
     helps = [name for name, does in beyond.proposals(table).items() if does]
     if helps:
         return f" Of the thesis's own proposals, {' and '.join(helps)} help."
-    most = 100 * table.loc[table["compared"].str.endswith("less plain"), "high"].max()
+    most = 100 * table.loc[table["compared"].str.endswith("minus plain"), "high"].max()
     return (
         " The thesis's own proposals, factors that are learned and relevance of filters, are not shown to help: "
         f"a gain of {most:.2f} points over plain training is the most that an interval leaves room for."
@@ -301,7 +311,7 @@ def _proposed() -> str:
 
 
 def shortcut() -> Answer:
-    """The planted shortcut (chapter 10): what a penalty on relevance off the digit wins back."""
+    """The planted shortcut : what a penalty on relevance off the digit wins back."""
     question = (
         "Where the background tells the class in training and lies in the test, what does a penalty on relevance off "
         "the digit win back?"
@@ -369,7 +379,7 @@ def _shares(runs: pd.DataFrame) -> str:
 def _listed(names: Sequence[str], one: str, several: str) -> str:
     if not names:
         return f"none is shown to {several}"
-    return f"{', '.join(names)} {one if len(names) == 1 else several}"
+    return f"{'; '.join(names)} {one if len(names) == 1 else several}"
 
 
 def _open(sections: str, question: str, study: str, before: str = "") -> Answer:
@@ -392,8 +402,8 @@ def in_short() -> str:
     if (runs := whole("decisive")) is not None:
         helps, worth = decisive.conclusions(decisive.contrasts(decisive.runs(runs)))
         said.append(
-            "Turned around, to damp what is relevant, it gains accuracy on little data, and "
-            + ("more" if any(helps.values()) else "no more")
+            "Turned around, to damp what is relevant, it gains accuracy on little data, "
+            + ("and more" if any(helps.values()) else "but no more")
             + " than the loss gradient times the activation, for which nothing has to be explained; beside label "
             + f"smoothing it is {'' if worth else 'not shown to be '}worth its time."
         )
@@ -415,7 +425,8 @@ def story() -> str:
         [
             in_short(),
             *(
-                f"**{answer.question}** {answer.says} How sure? {answer.sure} (Thesis section {answer.sections}.)"
+                f"**{answer.question}** {answer.says} *How sure?* {answer.sure} *What would change it?* "
+                f"{answer.change} (Thesis {'sections' if ' and ' in answer.sections else 'section'} {answer.sections}.)"
                 for answer in found
             ),
         ]
@@ -438,7 +449,7 @@ def _stopping(scope: str, section: str, where: str, claim: str | None) -> Answer
         outside = "outside" if not 100 * row["low"] <= said <= 100 * row["high"] else "inside"
         theirs = f"The thesis's {said:.2f} points lie {outside} that interval."
     else:
-        gains = published("claims").set_index("id")["number"]["C17"]
+        said, gains = None, published("claims").set_index("id")["number"]["C17"]
         theirs = f"The thesis has a gain at {gains:.0f} of 10 shares of the data."
     saved = "it does save data" if data["low"] > 1 else "no saving of data is shown"
     return Answer(
@@ -450,12 +461,21 @@ def _stopping(scope: str, section: str, where: str, claim: str | None) -> Answer
             f"[{data['low']:.2f},{SPACE}{data['high']:.2f}] times the data: {saved}."
         ),
         sure=(
-            f"{_tested(pd.DataFrame([row]))} And it is another experiment than the thesis's, which does not give its "
+            f"{tested(pd.DataFrame([row]))} And it is another experiment than the thesis's, which does not give its "
             f"stopping rule: the rule of this book changes plain training by {points(worst)} points at {share:g} % of "
-            "the data" + (f", that of the thesis by {signed(by_theirs)}." if pd.notna(by_theirs) else ".")
+            "the data" + (_by_theirs(by_theirs, said) if pd.notna(by_theirs) else ".")
         ),
-        change=f"{_more(int(row['n']))}The thesis's own rule: window, patience, and what it looked at.",
+        change=(
+            f"{_more(int(row['n']))}The thesis's own rule: window, patience, and what it looked at. Another start of "
+            "relevance, or another factor: only all logits with factor 0.1 were run."
+        ),
     )
+
+
+def _by_theirs(change: float, gain: float | None) -> str:
+    """What the thesis's rule does to plain training, kept apart from its gain where both are the same number."""
+    same = gain is not None and signed(change) == signed(gain)
+    return f", that of the thesis by {signed(change)}" + (", by coincidence the number of its gain." if same else ".")
 
 
 def early_stopping_itself(scope: str) -> pd.DataFrame:
@@ -497,7 +517,7 @@ def _endpoint(study: str, factor: float, shares: Shares, epochs: int | None, bot
     return statistics.compare(_runs(study, factor, shares, epochs, both), over="fraction", any_code=True).iloc[0]
 
 
-def _tested(table: pd.DataFrame) -> str:
+def tested(table: pd.DataFrame) -> str:
     """Whether the rows of a table of `statistics.compare` can be tested, and what the test says."""
     pairs = sorted({int(n) for n in table["n"]})
     verdicts = [statistics.verdict(row) for _, row in table.iterrows()]
@@ -508,8 +528,13 @@ def _tested(table: pd.DataFrame) -> str:
         same = f" With factor {' and '.join(alike)} all pairs point the same way." if alike else ""
         least = 2.0 ** (1 - pairs[-1])
         return f"{pairs[-1]} pairs of seeds cannot be tested: their *p* cannot go below {least:g}.{same}"
-    told = [f"{SPOKEN.get(found, found)} ({name})" for name, found in zip(table.index, verdicts, strict=True)]
-    return f"By the rule of this book, with {_range(pairs)} pairs: {', '.join(told)}."
+    if len(table) == 1:
+        return f"By the rule of this book, with {_range(pairs)} pairs: {SPOKEN.get(verdicts[0], verdicts[0])}."
+    told = []
+    for found in dict.fromkeys(verdicts):
+        names = [f"{name:g}" for name, its in zip(table.index, verdicts, strict=True) if its == found]
+        told.append(f"{FOUND.get(found, found)} {'factor' if len(names) == 1 else 'factors'} {_and(names)}")
+    return f"By the rule of this book, with {_range(pairs)} pairs: {'; '.join(told)}."
 
 
 def _more(pairs: int) -> str:

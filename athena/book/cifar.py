@@ -203,8 +203,9 @@ def tested(verdicts: Sequence[str]) -> str:
     )
     if not verdicts:
         return f"{rule}No cell has been measured so far, so nothing can be said yet."
-    gains, losses = verdicts.count("gain"), verdicts.count("loss")
-    return (
-        f"{rule}Of {len(verdicts)} cells, corrected over all of them, {gains} pass the first half as a gain and "
-        f"{losses} as a loss" + ("." if gains or losses else ": **no effect shown**.")
-    )
+    gains, losses, few = (verdicts.count(found) for found in ("gain", "loss", "cannot be tested"))
+    if few == len(verdicts):
+        return f"{rule}None of {len(verdicts)} cells has pairs enough to be tested."
+    tested = f"Of {len(verdicts)} cells" + (f" {few} have too few pairs to be tested. Of the others" if few else "")
+    found = f"{gains or 'none'} pass the first half as a gain and {losses or 'none'} as a loss"
+    return f"{rule}{tested}, corrected over all of them, {found if gains or losses else 'none shows an effect'}."

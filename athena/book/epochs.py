@@ -25,7 +25,7 @@ from athena.book.cifar import (
     thesis,
 )
 from athena.book.saving import saved
-from athena.book.tables import points, shown
+from athena.book.tables import points, shown, signed
 from athena.experiments import statistics
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
         "complete",
         "data_efficiency",
         "dips",
+        "fourth_shown",
         "layers_drawn",
         "level",
         "notice",
@@ -320,6 +321,28 @@ def again_said(every: pd.DataFrame, found: Again, epochs: int = 3) -> str:
             else ""
         )
     )
+
+
+def fourth_shown(gained: pd.DataFrame, arms: Sequence[Arm]) -> pd.DataFrame:
+    """What the fourth epoch adds to plain training, to each arm, and to the arm more than to plain, in points.
+
+    Args:
+        gained: runs whose `accuracy` is that after four epochs minus that after three.
+        arms: the guided arms.
+    """
+    rows = [
+        {
+            "arm": arm_name(*of),
+            "data (%)": f"{100 * row['fraction']:g}",
+            "guided − plain": points(row),
+            "plain gains": signed(100 * row["baseline_mean"]),
+            "guided gains": signed(100 * row["mean"]),
+            "pairs": row["n"],
+        }
+        for of in arms
+        for _, row in compared(arm(gained, *of)).iterrows()
+    ]
+    return shown(pd.DataFrame(rows).query("pairs > 0"), "arm")
 
 
 def data_efficiency(frame: pd.DataFrame, arms: Sequence[Arm], epochs: Sequence[int]) -> tuple[pd.DataFrame, str]:

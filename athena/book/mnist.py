@@ -11,8 +11,10 @@ import pandas as pd
 from athena.book.tables import detectable, percent, points, possible, shown, signed, verdict
 from athena.experiments import statistics
 
-__all__ = ["claims_shown", "collapses_told", "first_shown", "first_told", "seconds_shown"]
+__all__ = ["STARTS", "claims_shown", "collapses_told", "first_shown", "first_told", "seconds_shown"]
 
+STARTS = {"softmax": "probabilities", "logits": "all logits", "predicted": "the predicted logit"}
+"""What relevance starts from, in words."""
 CLAIMS = (
     ("C5", "largest gain", (1.0, 0.1), (0.0, 1.0)),
     ("C6", "largest gain", (2.0, 0.2), (0.0, 1.0)),
@@ -33,7 +35,13 @@ def first_shown(comparison: pd.DataFrame, claims: pd.Series) -> pd.DataFrame:
     """
     theirs, plain = claims["C1"], claims["C2"]
     columns = {
-        "reading": ["thesis", *(f"factor {row['factor']:g}, {row['target']}" for _, row in comparison.iterrows())],
+        "reading": [
+            "thesis",
+            *(
+                f"factor {row['factor']:g}, from {STARTS.get(row['target'], row['target'])}"
+                for _, row in comparison.iterrows()
+            ),
+        ],
         "verdict": ["", *(verdict(row) for _, row in comparison.iterrows())],
         "difference": [f"{theirs - plain:+.2f}", *(points(row) for _, row in comparison.iterrows())],
         "plain": [f"{plain:.2f}", *(f"{100 * value:.2f}" for value in comparison["baseline_mean"])],
@@ -50,13 +58,12 @@ def first_told(comparison: pd.DataFrame, claims: pd.Series) -> str:
     verdicts = [statistics.verdict(row) for _, row in comparison.iterrows()]
     gains, losses = verdicts.count("gain"), verdicts.count("loss")
     most = comparison.loc[comparison["difference"].abs().sort_values(kind="stable").index[-1]]
-    found = (
-        f"{gains or 'none'} of the four readings shows a gain and {losses or 'none'} a loss"
-        if gains or losses
-        else "none of the four readings shows an effect"
+    found = ", ".join(
+        f"{count or 'none'} of the four readings {'show' if count > 1 else 'shows'} {what}"
+        for count, what in ((gains, "a gain"), (losses, "a loss"))
     )
     return (
-        f"The thesis reports {claims['C1'] - claims['C2']:+.2f} points (claims C1 and C2) and no interval. Here, "
+        f"The thesis reports {claims['C1'] - claims['C2']:+.2f} points and no interval. Here, "
         f"{found}; the mean difference furthest from zero is {points(most)} points. Plain training reaches "
         f"{percent(comparison['baseline_mean'].iloc[0], 2)} against the thesis's {claims['C2']:.2f} %."
     )

@@ -129,7 +129,9 @@ def patiences_said(table: pd.DataFrame) -> list[str]:
         gap = (looked["difference"] - looked["thesis"]).abs()
         near = looked[gap <= gap.min() + 1e-12].sort_values("patience").iloc[0]
         found = (
-            f"every patience gains {points(near)} points"
+            "no patience changes anything, since each keeps the last of these epochs"
+            if not looked["difference"].round(4).any()
+            else f"every patience gains {points(near)} points"
             if looked["difference"].round(4).nunique() == 1
             else f"nearest to the thesis is a patience of {near['patience']:g}, which gains {points(near)} points"
         )

@@ -44,7 +44,7 @@ DIGITS = {"ms": 1, "peak MiB": 1, "MiB in step": 1, "calls": 0}
 
 def percent(value: float, digits: int = 1) -> str:
     """A share from 0 to 1 as ``"93.7 %"``."""
-    return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f}{SPACE}%"
 
 
 def points(row: Mapping[str, Any] | pd.Series, digits: int = 2) -> str:

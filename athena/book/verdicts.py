@@ -37,12 +37,13 @@ def claims_said(table: pd.DataFrame, count: int) -> str:
         table: from `athena.experiments.claims.claims`.
         count: how many claims the thesis makes.
     """
-    gains, losses = (sorted(set(table.loc[table["verdict"] == found, "claim"])) for found in ("gain", "loss"))
+    gains, losses = (_in_order(table.loc[table["verdict"] == found, "claim"]) for found in ("gain", "loss"))
     below = (table["p_published"] < statistics.LEVEL) & (table["high"] < table["published"])
-    ruled_out = sorted(set(table.loc[below | (table["verdict"] == "published number ruled out"), "claim"]))
+    ruled_out = _in_order(table.loc[below | (table["verdict"] == "published number ruled out"), "claim"])
     untested = [name for name, of in table.groupby("claim", sort=False) if (of["verdict"] == "cannot be tested").all()]
     return (
-        "**Training with relevance as the thesis does it is not shown to help.** "
+        "**Training with relevance as the thesis does it is not shown to help.** The claims have the names of the "
+        "table below. "
         + (
             f"By the first half of this book's rule these claims are a gain in some reading: {', '.join(gains)}"
             if gains
@@ -55,6 +56,11 @@ def claims_said(table: pd.DataFrame, count: int) -> str:
         + "Guidance costs less time here than in the thesis, but it costs time in every reading, and no saving of data "
         "is shown."
     )
+
+
+def _in_order(claims: pd.Series) -> list[str]:
+    """Each claim once, C9 before C10."""
+    return sorted(set(claims), key=lambda name: int(name.removeprefix("C")) if name[1:].isdigit() else 0)
 
 
 def contrasts_said(contrasts: pd.DataFrame, seeds: int) -> str:

@@ -185,12 +185,12 @@ CONFIRMED_ARMS: dict[str, Mapping[str, Any]] = {
 }
 """The arms of ``studies/confirm.toml``, by the letters of its plan."""
 CONFIRMED: dict[str, tuple[str, str, bool]] = {
-    "damping by relevance less the baseline of the same time": ("c", "b", True),
-    "damping by relevance less its shuffle": ("c", "d", True),
-    "damping by relevance less gradient × activation": ("c", "e", True),
-    "damping by relevance less the baseline of the same steps": ("c", "a", False),
-    "the baseline of the same time less that of the same steps": ("b", "a", False),
-    "gradient × activation less the baseline of the same time": ("e", "b", False),
+    "damping by relevance minus the baseline of the same time": ("c", "b", True),
+    "damping by relevance minus its shuffle": ("c", "d", True),
+    "damping by relevance minus gradient × activation": ("c", "e", True),
+    "damping by relevance minus the baseline of the same steps": ("c", "a", False),
+    "the baseline of the same time minus that of the same steps": ("b", "a", False),
+    "gradient × activation minus the baseline of the same time": ("e", "b", False),
 }
 """Its contrasts: two arms, and whether the plan judges them."""
 
@@ -237,13 +237,13 @@ FUTURE_ARMS: dict[str, Mapping[str, Any]] = {
 }
 """The arms of ``studies/future.toml``."""
 FUTURE: dict[str, tuple[str, str, bool]] = {
-    "learned factors less plain": ("learned", "plain", True),
-    "learned factors less the same, R shuffled": ("learned", "learned, shuffled", True),
-    "learned factors less the same, gradient × activation": ("learned", "learned, gradient", True),
-    "filters, factor 1, less plain": ("filters, 1", "plain", True),
-    "filters, factor 1, less the same, R shuffled": ("filters, 1", "filters, 1, shuffled", True),
-    "filters, factor -0.5, less plain": ("filters, -0.5", "plain", True),
-    "filters, factor -0.5, less the same, R shuffled": ("filters, -0.5", "filters, -0.5, shuffled", True),
+    "learned factors minus plain": ("learned", "plain", True),
+    "learned factors minus the same, R shuffled": ("learned", "learned, shuffled", True),
+    "learned factors minus the same, gradient × activation": ("learned", "learned, gradient", True),
+    "filters, factor 1 minus plain": ("filters, 1", "plain", True),
+    "filters, factor 1 minus the same, R shuffled": ("filters, 1", "filters, 1, shuffled", True),
+    "filters, factor -0.5 minus plain": ("filters, -0.5", "plain", True),
+    "filters, factor -0.5 minus the same, R shuffled": ("filters, -0.5", "filters, -0.5, shuffled", True),
 }
 """Its contrasts, all judged: those of each proposal begin with the same words."""
 PROPOSALS = ("learned factors", "filters, factor 1", "filters, factor -0.5")
@@ -421,7 +421,7 @@ def optimisers(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `arm`, `learning_rate`; `mean`, `low` and `high` of its accuracy, with Student's interval over the seeds;
-        and `difference`, `from` and `to`, less Adam, paired by
+        and `difference`, `from` and `to`, minus Adam, paired by
         seed, with Student's interval, and `p_holm` of it over the arms.
     """
     arms: dict[str, pd.DataFrame] = {}
