@@ -9,7 +9,7 @@ from scipy import stats
 from sweeps import as_if_run
 
 import athena
-from athena.book import answers
+from athena.book import answers, answers_beyond
 from athena.experiments import beyond, published, results, statistics
 from athena.training import Run
 
@@ -107,13 +107,13 @@ def test_an_interval_ends_where_no_accuracy_could_be() -> None:
     ids=["decisive", "uses", "confirm"],
 )
 def test_a_study_under_way_is_not_looked_at(answer, study: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "results", as_if_run)
+    monkeypatch.setattr(answers_beyond, "results", as_if_run)
     monkeypatch.setattr(beyond, "FURTHER", {})
-    monkeypatch.setattr(answers, "whole", lambda name: None)
+    monkeypatch.setattr(answers_beyond, "whole", lambda name: None)
     found = answer()
     assert "This is open" in found.says and not said(found.says)
     assert f"athena sweep studies/{study}.toml" in found.change
-    monkeypatch.setattr(answers, "whole", as_if_run)
+    monkeypatch.setattr(answers_beyond, "whole", as_if_run)
     assert "open" not in answer().says
 
 
@@ -122,10 +122,10 @@ def test_the_answer_of_the_search_follows_the_plan(monkeypatch: pytest.MonkeyPat
     def use(run: Run) -> bool:
         return run.factor == -0.25 and run.control is None
 
-    monkeypatch.setattr(answers, "results", as_if_run)
-    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, lambda run: 0.5 * use(run)))
+    monkeypatch.setattr(answers_beyond, "results", as_if_run)
+    monkeypatch.setattr(answers_beyond, "whole", lambda name: as_if_run(name, lambda run: 0.5 * use(run)))
     assert "It is confirmed." in answers.search().says
-    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, lambda run: 0.2 * use(run)))
+    monkeypatch.setattr(answers_beyond, "whole", lambda name: as_if_run(name, lambda run: 0.2 * use(run)))
     assert "It is not confirmed, so none was found." in answers.search().says  # a gain, below what the plan asks for
     assert said(answers.search().says)[0] == pytest.approx((0.2, 0.2, 0.2), abs=0.05)
 
@@ -136,7 +136,7 @@ def test_the_answer_on_uses_names_what_helps_and_what_harms(monkeypatch: pytest.
             return 1.0 * (run.control is None)
         return -1.0 if run.use == "gradient times relevance" and run.control is None else 0.0
 
-    monkeypatch.setattr(answers, "whole", lambda name: as_if_run(name, gain))
+    monkeypatch.setattr(answers_beyond, "whole", lambda name: as_if_run(name, gain))
     monkeypatch.setattr(beyond, "FURTHER", {"uses-mnist-10": "10 % of MNIST", "uses-cifar10": "5 % of CIFAR-10"})
     text = answers.uses().says
     assert "On 10 % of MNIST, features × (1 + R) helps." in text

@@ -4,23 +4,34 @@
 
 An `Answer` has the question, the answer with its bounds, how sure it is, and what would change it. Its words follow
 from its numbers: where a study grows, or is run again with another result, the sentences change with it. Not here: the
-verdict on each single claim (`athena.experiments.claims`).
+answers on what the thesis did not try (`athena.book.answers_beyond`), and the verdict on each single claim
+(`athena.experiments.claims`).
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
+from athena.book.answer import Answer, bound, more_pairs, tested, whole
+from athena.book.answers_beyond import is_it_relevance, search, shortcut, uses
 from athena.book.tables import SPACE, benchmark, percent, points, signed
-from athena.experiments import Study, beyond, decisive, frame, published, results, root, statistics
+from athena.experiments import decisive, published, results, statistics
 from athena.experiments import shortcut as planted
 
 __all__ = [
     *("EVERY", "Answer", "cifar", "further", "guidance", "is_it_relevance", "mnist", "search", "shortcut"),
-    *("stopping_linear", "stopping_whole", "story", "tested", "uses", "whole"),
+    *(
+        "bound",
+        "early_stopping_itself",
+        "in_short",
+        "stopping_linear",
+        "stopping_whole",
+        "story",
+        "tested",
+        "uses",
+        "whole",
+    ),
 ]
 
 Shares = tuple[float, float]
@@ -30,38 +41,6 @@ FEW: Shares = (0.01, 0.3)
 BEYOND_THE_RULE: Shares = (0.05, 1.0)
 """At 5 % of the data and less, early stopping ends nearly every run, many of them at chance."""
 GPU: dict[str, Any] = {"precision": "tf32"}
-SPOKEN = {"gain": "a gain", "loss": "a loss", "no effect shown": "no effect is shown"}
-FOUND = {
-    "gain": "a gain with",
-    "loss": "a loss with",
-    "no effect shown": "no effect is shown with",
-    "cannot be tested": "too few pairs to test",
-}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a reader of one chapter should know before reading it.
-
-    Attributes:
-        sections: of the thesis.
-        question: what is asked.
-        says: the answer, one to three sentences.
-        sure: how sure it is, and why.
-        change: what would change it.
-    """
-
-    sections: str
-    question: str
-    says: str
-    sure: str
-    change: str
-
-    def box(self) -> str:
-        """The four parts as Markdown, each on lines of its own."""
-        parts = (self.question, self.says, self.sure, self.change)
-        heads = ("The question.", "The answer.", "How sure.", "What would change it.")
-        return "\n\n".join(f"**{head}** {part}" for head, part in zip(heads, parts, strict=True))
 
 
 def mnist() -> Answer:
@@ -93,7 +72,7 @@ def mnist() -> Answer:
             + tested(whole)
         ),
         change=(
-            f"{_more(pairs)}Another start of relevance: where it starts from the predicted class alone, factor 10 "
+            f"{more_pairs(pairs)}Another start of relevance: where it starts from the predicted class alone, factor 10 "
             f"loses {-100 * predicted['difference'].min():.1f} points at most."
         ),
     )
@@ -165,230 +144,6 @@ def guidance() -> Answer:
             "A larger network or batch, where the time of a step is that of its arithmetic. Guiding only some of the "
             "steps costs less."
         ),
-    )
-
-
-def whole(study: str) -> pd.DataFrame | None:
-    """The runs of a study, or None while some are missing: a study with a plan is looked at when it is complete."""
-    planned = Study.read(root() / "studies" / f"{study}.toml")
-    lines = planned.store.lines()
-    return frame(lines) if {line["key"] for line in lines} >= {run.key for run in planned.runs} else None
-
-
-def is_it_relevance() -> Answer:
-    """The decisive experiment (Does it hold up?): relevance beside its shuffle, the gradient, and label smoothing."""
-    runs = whole("decisive")
-    if runs is None:
-        return _open("9", DECISIVE, "decisive")
-    table = decisive.contrasts(decisive.runs(runs))
-    helps, worth = decisive.conclusions(table)
-    told = {(row["contrast"], row["protocol"]): row for _, row in table.iterrows()}
-    by_protocol = [
-        f"under {'the ' if protocol.startswith('thesis') else ''}{protocol}, relevance minus the same numbers shuffled "
-        f"is {points(told['A', protocol])} points, and relevance minus the loss gradient times the activation, which "
-        f"needs no LRP, {points(told['B', protocol])}"
-        for protocol in decisive.PROTOCOLS
-    ]
-    tuned = told["C", "OneCycle"]
-    return Answer(
-        sections="8",
-        question=DECISIVE,
-        says=(
-            f"Gradients are damped where relevance for the true class is high: {'; '.join(by_protocol)}. "
-            + (
-                f"It is relevance that helps under {' and '.join(name for name, its in helps.items() if its)}"
-                if any(helps.values())
-                else "It is not shown that relevance is what helps"
-            )
-            + f". Added to label smoothing, given the same time, it changes accuracy by {points(tuned)} points under "
-            + "OneCycle: "
-            + ("worth using." if worth else "not shown to be worth using.")
-        ),
-        sure=(
-            f"{int(table['n'].min())} seeds at four shares of MNIST, six contrasts corrected together, by a plan that "
-            "was committed before the first run."
-        ),
-        change=(
-            "Another network or other data. What these seeds could have shown stands in "
-            "[Does it hold up?](09-does-it-hold-up.ipynb)."
-        ),
-    )
-
-
-DECISIVE = "Is it relevance that helps on little data, and is it worth more than label smoothing?"
-
-
-def uses() -> Answer:
-    """Chapters 4 and 5: other ways to train with an explanation."""
-    question = "Does any way to train with an explanation help, more than its control and than the same time?"
-    runs, timed = whole("uses"), whole("uses-time")
-    if runs is None or timed is None:
-        return _open("4 and 5", question, "uses" if runs is None else "uses-time")
-    table = beyond.compared(runs, timed)
-    own = table[table["relevance"]]
-    helps, harms = own[own["helps"]], own[own["verdict"] == "loss"]
-    smoothing = table[table["use"] == "label smoothing"].iloc[0]
-    return Answer(
-        sections="4 and 5",
-        question=question,
-        says=(
-            (f"Of {len(own)} uses of relevance, " + _listed(list(helps["use"]), "helps", "help") + ". ")
-            + (f"Harm is done by {len(harms)} of them: {'; '.join(harms['use'])}. " if len(harms) else "")
-            + f"Label smoothing, which needs no explanation and no time, gains {points(smoothing)} points."
-            + _elsewhere()
-        ),
-        sure=(
-            f"{int(table['n'].min())} seeds at {_shares(runs)} of MNIST, and ten new ones for each other data set; "
-            "strengths were not tuned. The plans were committed before the runs."
-        ),
-        change="Tuned strengths, other networks, and the settings of the papers, which are larger.",
-    )
-
-
-def further() -> dict[str, pd.DataFrame]:
-    """The comparison of uses on other data, by what it is of, as `beyond.compared` gives it; complete studies alone."""
-    timed = whole("uses-time")
-    found = {data: whole(study) for study, data in beyond.FURTHER.items()}
-    return {
-        data: beyond.compared(runs, timed) for data, runs in found.items() if runs is not None and timed is not None
-    }
-
-
-def _elsewhere() -> str:
-    """Which uses of relevance help on other data, a sentence for those that do and one for the rest."""
-    helps = {data: list(table.loc[table["relevance"] & table["helps"], "use"]) for data, table in further().items()}
-    some = [f" On {data}, {_listed(names, 'helps', 'help')}." for data, names in helps.items() if names]
-    none = [data for data, names in helps.items() if not names]
-    return "".join(some) + (f" On {_and(none)}, no use of relevance is shown to help." if none else "")
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def search() -> Answer:
-    """The search of the chapter on the search and its confirmation."""
-    question = "Is there a use of relevance in training that beats what a practitioner does without it?"
-    tried = beyond.found(results("search"))
-    chosen = beyond.chosen(tried)
-    names = " and ".join(f"{row['family']}, {row['setting']}".replace("-", "−") for _, row in chosen.iterrows())
-    families = tried.loc[tried["family"] != "baselines", "family"].nunique()
-    searched = f"Of {len(tried)} settings in {families} families the search chose {names}. "
-    runs = whole("confirm")
-    if runs is None:
-        return _open("8.3", question, "confirm", searched)
-    judged = beyond.confirmed(runs).query("judged")
-    worth = beyond.worth(judged)
-    told = "; ".join(f"{row['compared']} {points(row)}, {SPOKEN[row['verdict']]}" for _, row in judged.iterrows())
-    return Answer(
-        sections="8.3",
-        question=question,
-        says=(
-            searched
-            + ("It is confirmed. " if worth else "It is not confirmed, so none was found. ")
-            + f"On new seeds and the test set, in points: {told}."
-            + _proposed()
-        ),
-        sure=(
-            f"{int(judged['n'].min())} seeds, {_shares(runs)} of MNIST. The search is exploratory; the confirmation's "
-            "plan was committed before its runs, and is reported as it came out."
-        ),
-        change="Other data and larger networks, and tasks where one can say what a network must not look at.",
-    )
-
-
-def _proposed() -> str:
-    """What the thesis's own proposals come to (8.3.1 and 8.3.2), a sentence."""
-    table = beyond.future(results("future"))
-    helps = [name for name, does in beyond.proposals(table).items() if does]
-    if helps:
-        return f" Of the thesis's own proposals, {' and '.join(helps)} help."
-    most = 100 * table.loc[table["compared"].str.endswith("minus plain"), "high"].max()
-    return (
-        " The thesis's own proposals, factors that are learned and relevance of filters, are not shown to help: "
-        f"a gain of {most:.2f} points over plain training is the most that an interval leaves room for."
-    )
-
-
-def shortcut() -> Answer:
-    """The planted shortcut : what a penalty on relevance off the digit wins back."""
-    question = (
-        "Where the background tells the class in training and lies in the test, what does a penalty on relevance off "
-        "the digit win back?"
-    )
-    runs = whole("shortcut")
-    if runs is None:
-        return _open("8.3", question, "shortcut")
-    runs, timed = planted.runs(runs), whole("shortcut-time")
-    times = None if timed is None else planted.times(timed)
-    met = planted.conclusion(runs, times)
-    means = {(row["arm"], row["marked"]): row for _, row in planted.arms(runs).iterrows()}
-
-    def won(arm: str) -> str:
-        row = means[arm, planted.MARKED]
-        share, low, high = (f"{100 * row[name]:.0f}" for name in ("won", "won_low", "won_high"))
-        return f"{share} [{low},{SPACE}{high}] %"
-
-    best = max(("masking", "marked images alone"), key=lambda arm: means[arm, planted.MARKED]["won"])
-    in_time = "" if times is None else f", in {times['ratio']['relevance penalty']:.2f} times the time"
-    missed = [planted.ASKED[name] for name, its in met.items() if not its]
-    return Answer(
-        sections="8.3",
-        question=question,
-        says=(
-            f"Plain training falls to {percent(means['plain', 0]['mean'])}; without the shortcut it would reach "
-            f"{percent(means[planted.CEILING, 0]['mean'])}. With {planted.MARKED} marked images the relevance "
-            f"penalty wins back {won('relevance penalty')} of what was lost{in_time}; the better use of the same marks "
-            f"without relevance, {best}, {won(best)}, and the gradient penalty {won('gradient penalty')}."
-            + _half_as_often()
-        ),
-        sure=(
-            f"{runs['seed'].nunique()} seeds, and contrasts that were written down before the first run. "
-            + (
-                f"Of what the plan asks for, not met: {'; '.join(missed)}."
-                if missed
-                else "All that the plan asks for is met"
-                + ("." if times is not None else ", but for the time, which is not measured yet.")
-            )
-        ),
-        change=(
-            "A network that is not made of ReLUs, a shortcut on the digit itself, marks that are wrong, or masking and "
-            "a penalty together: none of these was tried."
-        ),
-    )
-
-
-def _half_as_often() -> str:
-    """What the planted shortcut's second study comes to, a sentence."""
-    runs, timed = planted.runs(results("shortcut-seldom")), planted.times(results("shortcut-seldom-time"))
-    met = planted.conclusion(runs, timed)
-    arms = planted.arms(runs)
-    row = arms[(arms["arm"] == "relevance penalty") & (arms["marked"] == planted.MARKED)].iloc[0]
-    share, low, high = (f"{100 * row[name]:.0f}" for name in ("won", "won_low", "won_high"))
-    half = "at least half" if met["half"] else "after correction not shown to be half"
-    return (
-        f" Taken half as often, it costs {timed['ratio']['relevance penalty']:.2f} times the time and wins back "
-        f"{share} [{low},{SPACE}{high}] %, {half}."
-    )
-
-
-def _shares(runs: pd.DataFrame) -> str:
-    return " and ".join(f"{100 * share:g}" for share in sorted(runs["fraction"].unique())) + " %"
-
-
-def _listed(names: Sequence[str], one: str, several: str) -> str:
-    if not names:
-        return f"none is shown to {several}"
-    return f"{'; '.join(names)} {one if len(names) == 1 else several}"
-
-
-def _open(sections: str, question: str, study: str, before: str = "") -> Answer:
-    return Answer(
-        sections=sections,
-        question=question,
-        says=f"{before}This is open: not all runs of its study are there, and by its plan none is looked at before.",
-        sure="Nothing is said yet.",
-        change=f"`athena sweep studies/{study}.toml` runs what is missing.",
     )
 
 
@@ -466,8 +221,8 @@ def _stopping(scope: str, section: str, where: str, claim: str | None) -> Answer
             "the data" + (_by_theirs(by_theirs, said) if pd.notna(by_theirs) else ".")
         ),
         change=(
-            f"{_more(int(row['n']))}The thesis's own rule: window, patience, and what it looked at. Another start of "
-            "relevance, or another factor: only all logits with factor 0.1 were run."
+            f"{more_pairs(int(row['n']))}The thesis's own rule: window, patience, and what it looked at. Another start "
+            "of relevance, or another factor: only all logits with factor 0.1 were run."
         ),
     )
 
@@ -497,12 +252,6 @@ def early_stopping_itself(scope: str) -> pd.DataFrame:
     return statistics.compare(both, {"monitor": "none"}, any_code=True)
 
 
-def bound(table: pd.DataFrame) -> str:
-    """In points, the least tenth that no interval of a table of `statistics.compare` reaches, ``"0.2"``."""
-    largest = 100 * float(table[["low", "high"]].abs().to_numpy().max())
-    return f"{(math.floor(10 * largest) + 1) / 10:.1f}"
-
-
 def _runs(study: str, factor: float, shares: Shares, epochs: int | None, both: Mapping[str, Any]) -> pd.DataFrame:
     frame = results(study)
     for name, value in both.items():
@@ -515,33 +264,3 @@ def _runs(study: str, factor: float, shares: Shares, epochs: int | None, both: M
 def _endpoint(study: str, factor: float, shares: Shares, epochs: int | None, both: Mapping[str, Any]) -> pd.Series:
     """The one number of a guided arm: guided minus plain, over the shares and then over the seeds."""
     return statistics.compare(_runs(study, factor, shares, epochs, both), over="fraction", any_code=True).iloc[0]
-
-
-def tested(table: pd.DataFrame) -> str:
-    """Whether the rows of a table of `statistics.compare` can be tested, and what the test says."""
-    pairs = sorted({int(n) for n in table["n"]})
-    verdicts = [statistics.verdict(row) for _, row in table.iterrows()]
-    if set(verdicts) == {"cannot be tested"}:
-        alike = [
-            f"{row['factor']:g}" for _, row in table.iterrows() if row["p"] <= 2.0 ** (1 - row["n"]) and len(table) > 1
-        ]
-        same = f" With factor {' and '.join(alike)} all pairs point the same way." if alike else ""
-        least = 2.0 ** (1 - pairs[-1])
-        return f"{pairs[-1]} pairs of seeds cannot be tested: their *p* cannot go below {least:g}.{same}"
-    if len(table) == 1:
-        return f"By the rule of this book, with {_range(pairs)} pairs: {SPOKEN.get(verdicts[0], verdicts[0])}."
-    told = []
-    for found in dict.fromkeys(verdicts):
-        names = [f"{name:g}" for name, its in zip(table.index, verdicts, strict=True) if its == found]
-        told.append(f"{FOUND.get(found, found)} {'factor' if len(names) == 1 else 'factors'} {_and(names)}")
-    return f"By the rule of this book, with {_range(pairs)} pairs: {'; '.join(told)}."
-
-
-def _more(pairs: int) -> str:
-    """How many more pairs a test needs; nothing where there are enough."""
-    least = 1 + math.ceil(-math.log2(statistics.LEVEL))
-    return f"More seeds: a test needs {least} pairs at least, and there are {pairs}. " if pairs < least else ""
-
-
-def _range(numbers: Sequence[int]) -> str:
-    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
