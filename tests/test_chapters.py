@@ -7,7 +7,19 @@ from torch import nn
 
 import athena
 from athena import rules
-from athena.book import cost, descent, explaining, gradients, heatmaps, libraries, mnist, neurons, one_batch, own_model
+from athena.book import (
+    cost,
+    descent,
+    explaining,
+    gradients,
+    heatmaps,
+    libraries,
+    map_scores,
+    mnist,
+    neurons,
+    one_batch,
+    own_model,
+)
 from athena.book import worked_example as example
 
 
@@ -62,6 +74,53 @@ def test_rules_are_written_as_the_text_has_them() -> None:
     assert heatmaps.name(rules.Epsilon(0.1)) == "LRP-ε, ε = 0.1"
     assert heatmaps.name(rules.AlphaBeta(2.0, 1.0)) == "LRP-α2β1"
     assert heatmaps.name(rules.ZPlus()) == "z⁺"
+    assert heatmaps.named(rules.Epsilon(1e-6)) == "LRP-ε with ε = 10⁻⁶"
+
+
+def test_no_table_of_a_benchmark_has_the_name_of_a_rule_in_code() -> None:
+    arms = [arm for _, tables in heatmaps.benchmarks() for table in tables for arm in table.index]
+    assert {"ATHENA, LRP-ε, ε = 10⁻⁶", "zennit, z⁺", "plain gradient"} <= set(arms)
+    assert not [arm for arm in arms if "(" in arm]
+
+
+def test_two_rules_are_compared_on_the_same_images() -> None:
+    images = pd.Series([0.1, 0.5, 0.9])  # far apart: the intervals of both means overlap
+    on_the_digit = {"one": images + 0.02, "two": images + pd.Series([0.001, 0.0, 0.0]), "control: noise": 0 * images}
+    found = {
+        title: pd.DataFrame({"mass": mass, "rank": [0.5, 0.6, 0.7], "chance": 0.1})
+        for title, mass in on_the_digit.items()
+    }
+    scores = map_scores.Scores(["one", "two"], ["control: noise"], found, {}, {}, 3)
+    values = {title: {"on the digit (%)": 100 * table["mass"]} for title, table in found.items()}
+    assert "the best mean is that of one, which is better than 1 of the other 1 rules" in map_scores.best_told(
+        values, scores, "on the digit (%)"
+    )
+    assert "none of the 2 rules are better than it" in map_scores.best_told(values, scores, "on the digit (%)")
+
+
+def test_no_interval_of_accuracies_reaches_below_zero_or_above_all() -> None:
+    rows = [
+        {
+            "factor": 10.0,
+            "fraction": 1.0,
+            "every": n,
+            "baseline_mean": 0.97,
+            "difference": -0.6,
+            "low": -1.1,
+            "high": 0.2,
+        }
+        for n in cost.EVERY
+    ]
+    assert cost.every_shown(pd.DataFrame(rows)).loc["10", "every step"].replace("\N{NO-BREAK SPACE}", " ") == (
+        "−60.00 [−97.00, +3.00]"
+    )
+
+
+def test_the_thesis_s_marks_are_shown_whole() -> None:
+    marks = pd.DataFrame(
+        [dict.fromkeys(("a_long_name_of_a_mark", "another_long_name_of_a_mark", "a_third_mark"), 1)], ["x"]
+    )
+    assert "a long name of a mark, another long name of a mark, a third mark" in explaining.published_shown(marks).data
 
 
 def test_every_word_covers_methods_or_glass_boxes() -> None:

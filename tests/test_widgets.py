@@ -169,7 +169,7 @@ def test_both_arms_begin_alike_and_part_as_they_train() -> None:
 def test_a_built_page_moves_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     figure, shown = built(FactorExplorer(**SMALL, factor=20, factors=(0.5, 20)), monkeypatch)
     assert figure.axes
-    assert shown == {"0.5": False, "20": True}
+    assert shown == {"0.5": True, "20": False}  # another picture than the figure above it
 
 
 def test_a_choice_that_does_not_exist_is_refused_by_name() -> None:
@@ -189,6 +189,57 @@ def test_live_it_trains_with_what_the_controls_say() -> None:
     before = shown(panel)
     control(panel, "test image").value = 7
     assert shown(panel) != before
+
+
+def test_live_there_is_no_picture_before_the_first_and_the_bar_fills_as_it_trains() -> None:
+    panel = FactorExplorer(**SMALL, seeds=2).live()
+    (image,) = (part for part in parts(panel) if isinstance(part, ipywidgets.Image))
+    (bar,) = (part for part in parts(panel) if isinstance(part, ipywidgets.FloatProgress))
+    assert (image.layout.display, bar.value) == ("none", 0)
+    seen: list[float] = []
+    bar.observe(lambda change: seen.append(change["new"]), "value")
+    control(panel, "Train").click()
+    wait(panel)
+    assert image.layout.display is None
+    assert seen == [0.5, 1.0]  # a batch of each of two pairs
+
+
+@pytest.mark.parametrize("preset, factor, target", [("damping", -0.5, "label"), ("collapse", 1000.0, "logits")])
+def test_live_a_preset_sets_the_controls_and_what_is_trained(preset: str, factor: float, target: str) -> None:
+    explorer = FactorExplorer(**SMALL)
+    panel = explorer.live()
+    control(panel, "damping").click()
+    control(panel, preset).click()
+    assert (control(panel, "LRP factor").value, control(panel, "relevance of").value) == (factor, target)
+    assert (explorer.values["factor"], explorer.values["target"]) == (factor, target)
+    assert control(panel, "guided layers").value == ("all" if preset == "collapse" else "linear")
+
+
+def test_live_every_control_says_what_it_is_for(trained: nn.Module, images: Tensor) -> None:
+    for panel in (FactorExplorer(**SMALL).live(), RelevanceExplorer(trained, images).live()):
+        controls = [part for part in parts(panel) if getattr(part, "description", None)]
+        assert controls and all(part.tooltip for part in controls)
+
+
+def test_the_axis_of_accuracy_is_the_same_in_every_picture_of_a_run() -> None:
+    first, *_, last = (pair.figure().axes for pair in FactorExplorer(**SMALL).train())
+    (before,), (after,) = ([axis for axis in axes if axis.get_xlabel() == "epochs"] for axes in (first, last))
+    assert before.get_ylim() == after.get_ylim() == (0, 101)
+    assert before.get_xlim() == after.get_xlim()
+
+
+def test_the_mean_difference_has_an_interval_once_six_pairs_have_ended() -> None:
+    *_, pair = FactorExplorer(**SMALL).train()
+    gains = (0.01, 0.02, 0.03, 0.01, 0.02, 0.03)
+    for n, ended in ((1, 1.0), (5, 1.0), (6, 0.5)):  # of the sixth pair half an epoch is open
+        pair.curves = {
+            "plain": [[(0.0, 0.1), (1.0, 0.9)]] * (n - 1) + [[(0.0, 0.1), (ended, 0.9)]],
+            "guided": [[(0.0, 0.1), (1.0, 0.9 + gain)] for gain in gains[: n - 1]] + [[(0.0, 0.1), (ended, 0.93)]],
+        }
+        assert pair.said().endswith("6 pairs are the fewest that can show a difference.")
+        assert pair.share(6) == pytest.approx((n - 1 + ended) / 6)
+    pair.curves["plain"][-1][-1], pair.curves["guided"][-1][-1] = (1.0, 0.9), (1.0, 0.93)
+    assert "Mean of 6 pairs with its 95 % interval: +2.00 [+1.06,\N{NO-BREAK SPACE}+2.94] points." in pair.said()
 
 
 def test_live_it_stops_when_told_and_trains_again() -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from athena.book import figures
 from athena.book.figures import GUIDED, THESIS
-from athena.book.tables import benchmark, percent, points, shown
+from athena.book.heatmaps import named
+from athena.book.tables import benchmark, percent, points, possible, shown
 from athena.book.timing import step_ratios
 from athena.experiments import models, published, results, statistics
 from athena.rules import Rule
@@ -165,32 +166,35 @@ def measured_told(
     """The bars in words, and under which conditions they were measured."""
     each = "; ".join(
         f"**{name}**: by the count at least {counted['floor'][str(name)]:.2f} times a plain step, measured here "
-        f"{row['here']:.2f}, in the thesis {row['low']:.1f} to {row['high']:.1f}"
+        f"{row['here']:.2f}, in the thesis, on a GPU, {row['low']:.1f} to {row['high']:.1f}"
         for name, row in times.iterrows()
     )
     batch, few = (len(given[name].images) for name in ("MLP, whole network", "CNN, whole network"))
     return (
-        f"{each}. Measured is the median of {rounds} rounds with {rule}, on one CPU thread, {batch} images in a batch "
-        f"for the MLP and {few} for the CNN, on whatever else the machine was doing; more, and the memory, comes from "
-        "`benchmarks/guidance.py`, which also times the method built in the thesis's manner."
+        f"{each}. Measured is the median of {rounds} rounds by {named(rule)}, on one CPU thread, {batch} images in a "
+        f"batch for the MLP and {few} for the CNN, on whatever else the machine was doing; more, and the memory, comes "
+        "from `benchmarks/guidance.py`, which also times the method built in the thesis's manner."
     )
 
 
 def on_gpu_told() -> str:
     """What a guided step costs on a GPU, with this package and written in the thesis's manner."""
     _, measured = benchmark("guidance-h100")
+    cases = {("MLP", "all"): "MLP", ("CNN", "linear"): "CNN, linear part", ("CNN", "all"): "CNN, whole"}
     ours, theirs = (
-        ", ".join(
-            f"{ratio:.2f}"
-            for table in measured.values()
-            for ratio in table[table["arm"].str.contains(rf"^{who}.*Epsilon.*\)$")]["of plain"]
-        )
+        {
+            case: float(table.set_index("arm")["of plain"][f"{who}, {scope}, Epsilon(1e-06)"])
+            for title, table in measured.items()
+            for (network, scope), case in cases.items()
+            if title.startswith(network)
+        }
         for who in ("ATHENA", "thesis's manner")
     )
+    said, beside = [f"{ours[case]:.2f} ({case})" for case in ours], [f"{ratio:.2f}" for ratio in theirs.values()]
     return (
-        f"On a GPU this package needs {ours} plain steps for a guided one, for the three cases in another order (the "
-        "fully connected network, then the linear part and the whole of the convolutional one), and guidance written "
-        f"in the thesis's manner {theirs}. These were measured with an earlier version of the package, on an H100."
+        f"On an H100 a guided step takes {', '.join(said[:-1])} and {said[-1]} times as long as a plain one; written "
+        f"in the thesis's manner, {', '.join(beside[:-1])} and {beside[-1]} times. Both were measured with an earlier "
+        "version of the package."
     )
 
 
@@ -206,7 +210,7 @@ def every_shown(compared: pd.DataFrame) -> pd.DataFrame:
         "factor": [f"{factor:g}" for factor, _ in places],
         "data (%)": [f"{100 * share:g}" for _, share in places],
         "plain": [percent(cells[*place, 1]["baseline_mean"], 2) for place in places],
-        **{name: [points(cells[*place, n]) for place in places] for n, name in EVERY.items()},
+        **{name: [points(possible(cells[*place, n])) for place in places] for n, name in EVERY.items()},
     }
     return shown(pd.DataFrame(columns), "factor")
 
@@ -225,9 +229,9 @@ def every_told(compared: pd.DataFrame, counted: pd.DataFrame) -> tuple[str, str]
     assert lost[1] > 2 * lost[2] > 2 * lost[4], "harm no longer falls with the share of guided steps"
     least = {n: 1 + (counted["floor"]["CNN, whole network"] - 1) / n for n in EVERY}
     image = results("cifar-every")
-    gains = {row["every"]: points(row) for _, row in statistics.compare(image, any_code=True).iterrows()}
+    gains = {row["every"]: points(possible(row)) for _, row in statistics.compare(image, any_code=True).iterrows()}
     return (
-        f"**Where a factor does harm, guiding fewer steps does less.** Factor {worst['factor']:g} on "
+        f"In these pairs, guiding fewer steps does less harm. Factor {worst['factor']:g} on "
         f"{100 * worst['fraction']:g} % of the data loses {lost[1]:.2f} points where every step is guided, "
         f"{lost[2]:.2f} with one step in two and {lost[4]:.2f} with one in four. No gain is shown at any factor, nor "
         f"could {compared['n'].max()} pairs show one: their p cannot go below {2 / 2 ** compared['n'].max():.3f}.",

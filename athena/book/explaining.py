@@ -22,7 +22,7 @@ from athena.attribution import METHODS, attribute
 from athena.attribution.superpixels import label_maps
 from athena.book import figures
 from athena.book.figures import GUIDED, PLAIN, THESIS
-from athena.book.tables import shown
+from athena.book.tables import shown, signed, wrapped
 from athena.experiments.methods import BY_CONSTRUCTION, HIGH_EFFORT, contradictions
 
 __all__ = [
@@ -136,7 +136,7 @@ def glass_boxes(seed: int) -> tuple[Figure, str]:
     return figure, (
         f"Flower 101 passes {questions} questions on its way to "
         f"*{iris.target_names[tree.predict(flower[None])[0]]}*. The linear model starts from the mean, {mean:.2f} cm, "
-        f"and adds {' and '.join(f'{part:+.2f}' for part in parts)}: {whole:.2f} cm, measured are {flower[3]:.1f} cm."
+        f"and adds {' and '.join(signed(part) for part in parts)}: {whole:.2f} cm, measured are {flower[3]:.1f} cm."
     )
 
 
@@ -189,7 +189,7 @@ def lime_steps(network: nn.Module, image: Tensor, asked: int, samples: int, seed
         axes[1].imshow(mark_boundaries(image[0].permute(1, 2, 0).numpy(), labels.numpy(), color=(1, 1, 0)))
         _bare(axes[1], f"{count} superpixels")
         for axis, copy, value, w in zip(axes[2:6], copies, said, weight, strict=True):
-            _picture(axis, copy, f"logit {value:+.1f}\nweight {w:.2f}")
+            _picture(axis, copy, f"logit {signed(value, 1)}\nweight {w:.2f}")
         _heat(axes[6], lime[0], f"LIME\nfor class {asked}")
     return figure
 
@@ -199,7 +199,7 @@ def coalitions(pictures: Iterable[Tensor], earned: Iterable[float]) -> Figure:
     with figures.style():
         figure, axes = figures.canvas(2, 8, (8.4, 2.7))
         for axis, picture, value in zip(axes.flat, pictures, earned, strict=True):
-            _picture(axis, picture, f"{value:+.2f}")
+            _picture(axis, picture, signed(value))
     return figure
 
 
@@ -213,9 +213,9 @@ def quarters_shown(v: Mapping[frozenset[int], float], phi: Sequence[float]) -> p
     everyone = frozenset(range(4))
     columns = {
         "quarter": ["upper left", "upper right", "lower left", "lower right"],
-        "joins first": [f"{v[frozenset({i})] - v[frozenset()]:+.2f}" for i in range(4)],
-        "joins last": [f"{v[everyone] - v[everyone - {i}]:+.2f}" for i in range(4)],
-        "Shapley value": [f"{value:+.2f}" for value in phi],
+        "joins first": [signed(v[frozenset({i})] - v[frozenset()]) for i in range(4)],
+        "joins last": [signed(v[everyone] - v[everyone - {i}]) for i in range(4)],
+        "Shapley value": [signed(value) for value in phi],
     }
     return shown(pd.DataFrame(columns), "quarter")
 
@@ -275,14 +275,14 @@ def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
         "forward": row["forwards"],
         "backward": row["backwards"],
         "outputs suffice": "yes" if row["agnostic"] else "no",
-        "baselines agree": "none to choose" if row["baseline"] is None else f"{row['baseline']:.2f}",
+        "baselines agree": "none to choose" if row["baseline"] is None else f"{row['baseline']:.2f}".replace("-", "−"),
         "adds up to": row["adds up to"],
         **{name: f"{100 * row[name]:.0f}" for name in ("mass", "rank", "pointing", "flipping")},
-        "randomised": f"{row['randomised']:.2f}",
+        "randomised": f"{row['randomised']:.2f}".replace("-", "−"),
     }
 
 
-def published_shown(marks: pd.DataFrame) -> pd.DataFrame:
+def published_shown(marks: pd.DataFrame) -> Any:
     """The thesis's marks in table 4.1, for reading; marks: of `athena.experiments.methods.published`."""
     named = [
         {
@@ -291,7 +291,7 @@ def published_shown(marks: pd.DataFrame) -> pd.DataFrame:
         }
         for method, row in marks.iterrows()
     ]
-    return shown(pd.DataFrame(named), "method")
+    return wrapped(pd.DataFrame(named), "method")
 
 
 def contradictions_told(rows: Sequence[dict[str, Any]]) -> tuple[str, str, str]:

@@ -190,9 +190,10 @@ def put_back_told(followed: pd.DataFrame, own: bool) -> str:
     if holds(plain - ten > 1 and plain - back > 1, own):
         text += (
             "**That does not bring back what plain training has**, although its gradients are no longer than the plain "
-            "ones of the same weights. So the harm needs no exploding gradients. What guidance still does in that arm "
-            "is to shift gradients against each other, between the weights of a layer and between samples, some of "
-            "them to the other sign."
+            f"ones of the same weights. So in these {STEPS} steps of one seed, before any collapse, the harm "
+            "comes without longer gradients too. Whether the collapse would come without them was not measured. "
+            "What guidance still does in that arm is to shift gradients against each other, between the weights of a "
+            "layer and between samples, some of them to the other sign."
         )
     return text
 

@@ -4,6 +4,7 @@ Not here: the heat maps themselves (`athena.lrp`, `athena.figures.heat_maps`), h
 (`athena.book.map_scores`), and small examples that are followed by hand (`athena.book.worked_example`).
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from athena import rules
 from athena.book import figures
-from athena.book.tables import percent, shown
+from athena.book.tables import benchmark, cells, percent, shown, signed
 from athena.relevance import lrp
 
 __all__ = [
@@ -23,11 +24,14 @@ __all__ = [
     "accounts_told",
     "arrived_told",
     "arriving",
+    "benchmarks",
     "black_pixels_told",
     "broken",
+    "costs_told",
     "mistakes",
     "mistakes_told",
     "name",
+    "named",
     "opposed_told",
     "opposing",
     "timed",
@@ -41,12 +45,27 @@ def name(rule: rules.Rule) -> str:
     """A rule as the page writes it, such as ``"LRP-ε, ε = 0.1"``."""
     match rule:
         case rules.Epsilon():
-            return f"LRP-ε, ε = {rule.epsilon:g}"
+            return f"LRP-ε, ε = {_written(rule.epsilon)}"
         case rules.Gamma():
             return f"LRP-γ, γ = {rule.gamma:g}"
         case rules.AlphaBeta():
             return f"LRP-α{rule.alpha:g}β{rule.beta:g}"
     return {"Zero": "LRP-0", "ZPlus": "z⁺", "ZBox": "z-box", "WSquare": "w²", "Flat": "flat"}[type(rule).__name__]
+
+
+def named(rule: rules.Rule) -> str:
+    """A rule in a sentence, such as ``"LRP-ε with ε = 0.1"``."""
+    return name(rule).replace(", ", " with ")
+
+
+def _written(value: float) -> str:
+    """A number as a page writes it, ``10⁻⁶`` for ``1e-06``."""
+    superscript = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return re.sub(
+        r"^(.*)e(.*)$",
+        lambda found: ("" if found[1] == "1" else f"{found[1]} · ") + "10" + str(int(found[2])).translate(superscript),
+        f"{value:g}",
+    )
 
 
 def broken(title: str) -> str:
@@ -151,7 +170,7 @@ def accounts_shown(accounts: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for title, account in accounts.items():
         start = account["relevance"].iloc[0]
         absorbed = {
-            f"{what} absorbs": percent(round(account[what].sum() / start, 4) + 0.0, 2)
+            f"{what} absorbs": percent(round(account[what].sum() / start, 4) + 0.0, 2).replace("-", "−")
             for what in ("bias", "stabiliser")
         }
         rows.append({"rule": title, **absorbed, "arrives": percent(account["relevance"].iloc[-1] / start, 2)})
@@ -172,7 +191,7 @@ def mistakes(images: Tensor, for_said: Tensor, for_truth: Tensor, logits: Tensor
     notes = {
         "for its answer": [f"says {c}, logit {value:.1f}" for c, value in zip(said[first], own, strict=False)],
         "for the truth": [f"true {c}, logit {value:.1f}" for c, value in zip(labels[first], true, strict=False)],
-        "answer − truth": [f"{value:+.1f}" for value in (own - true)[first]],
+        "answer − truth": [signed(value, 1) for value in (own - true)[first]],
     }
     return figures.heat_maps(images[first], {title: found[first] for title, found in maps.items()}, notes=notes)
 
@@ -185,6 +204,10 @@ def mistakes_told(network: nn.Module, images: Tensor, labels: Tensor, tipped: Te
         tipped: heat maps of what spoke for the wrong answer rather than for the true one.
         seed: of the pixels at random.
     """
+    x = images.clone().requires_grad_()
+    logits = network(x)
+    apart = logits.amax(1) - logits.gather(1, labels[:, None])[:, 0]
+    (slopes,) = torch.autograd.grad(apart.sum(), x)
 
     def righted(order: Tensor) -> str:
         out = images.flatten(1).clone()
@@ -196,12 +219,15 @@ def mistakes_told(network: nn.Module, images: Tensor, labels: Tensor, tipped: Te
     random = torch.rand(lit.shape, generator=torch.Generator().manual_seed(seed))
     by_relevance = righted(tipped.flatten(1).argsort(1, descending=True))
     by_chance = righted((random * lit).argsort(1, descending=True))
+    by_slope = righted(slopes.flatten(1).masked_fill(~lit, -torch.inf).argsort(1, descending=True))
     by_light = righted(images.flatten(1).argsort(stable=True, dim=1, descending=True))
     return (
         f"A map of what tipped the balance can be put to the test. For each of the {len(images)} mistakes on the test "
-        f"set, the {REDDEST} reddest pixels of the last column were turned black and the network asked again: it then "
-        f"gives the true answer for **{by_relevance}** of them. With {REDDEST} lit pixels at random it does so for "
-        f"{by_chance}, with the {REDDEST} brightest for {by_light}."
+        f"set, the {REDDEST} pixels with the highest relevance in the last column were turned black, and the network "
+        f"was asked again: it then gives the true answer for **{by_relevance}** of them. The gradient of the same "
+        f"difference of logits, by which the {REDDEST} lit pixels with the steepest slope are taken, comes to "
+        f"{by_slope}. Both are told the true class, which the other controls are not: {REDDEST} lit pixels at random "
+        f"give {by_chance}, the {REDDEST} brightest {by_light}."
     )
 
 
@@ -232,3 +258,47 @@ def timed(
         "over training": measured.div(measured[training], axis=0).median().map("{:.2f}".format),
     }
     return shown(pd.DataFrame(columns), "what")
+
+
+MACHINES = {"avx512": "a processor", "h100": "a GPU"}
+"""Where explanations were timed and stored, by the end of the benchmark's name."""
+ARM = re.compile(r"^(athena|zennit|Captum) (.+)$")
+
+
+def benchmarks() -> list[tuple[str, list[pd.DataFrame]]]:
+    """What ``benchmarks/lrp.py`` has measured on each of `MACHINES`: the conditions, and its tables for reading."""
+    columns = ["arm", "ms", "of plain", "of athena", "peak MiB"]
+    found = []
+    for machine in MACHINES:
+        said, stored = benchmark(f"lrp-{machine}")
+        tables = []
+        for title, table in stored.items():
+            text = cells(table.filter(columns))
+            text["arm"] = text["arm"].map(_arm)
+            tables.append(shown(text.rename(columns={"arm": title}), title))
+        found.append((said, tables))
+    return found
+
+
+def _arm(title: str) -> str:
+    """An arm of a benchmark as the page writes it: ``"ATHENA, LRP-ε, ε = 10⁻⁶"`` for ``"athena Epsilon(1e-06)"``."""
+    if not (parts := ARM.match(title)):
+        return title
+    library, rule = parts.groups()
+    others = {"epsilon": "LRP-ε", "gamma": "LRP-γ", "z-plus": "z⁺"}
+    return f"ATHENA, {name(rules.parse(rule))}" if library == "athena" else f"{library}, {others[rule]}"
+
+
+def costs_told() -> str:
+    """How many times as long as a gradient ATHENA's maps take in `benchmarks`."""
+    said = []
+    for machine, where in MACHINES.items():
+        _, stored = benchmark(f"lrp-{machine}")
+        rows = pd.concat(list(stored.values()))
+        ratios = [
+            rows.loc[rows["arm"].str.match(rf"athena ({kind})\("), "of plain"]
+            for kind in ("Zero|Epsilon", "Gamma|ZPlus")
+        ]
+        first, second = (f"{ratio.min():.2f} to {ratio.max():.2f}" for ratio in ratios)
+        said.append(f"on {where}, {first} times with LRP-0 and LRP-ε, {second} times with LRP-γ and z⁺")
+    return f"As long as the gradient of the logit, the map of ATHENA takes: {'; '.join(said)}."

@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from athena import rules
-from athena.book.tables import shown
+from athena.book.tables import shown, signed
 from athena.relevance import lrp
 
 __all__ = ["Sums", "any_network", "residual_sum"]
@@ -52,13 +52,18 @@ def any_network(seed: int) -> pd.DataFrame:
                     "network": title,
                     "rule": called,
                     "layers": len(explained.layers),
-                    "conserved": f"{kept / start:.4f}",
-                    "bias": f"{bias / start:+.4f}",
-                    "stabiliser": f"{stabiliser / start:+.1e}",
-                    "missing": f"{missing / start:+.0e}",
+                    "conserved": _number(kept / start).removeprefix("+"),
+                    "bias": _number(bias / start),
+                    "stabiliser": f"{stabiliser / start:+.1e}".replace("-", "−"),
+                    "missing": f"{missing / start:+.0e}".replace("-", "−"),
                 }
             )
     return shown(pd.DataFrame(rows), "network")
+
+
+def _number(value: float) -> str:
+    """With four digits, and no sign where these are zero."""
+    return signed(value, 4) if round(value, 4) else "0"
 
 
 def _with_random_weights(path: str, seed: int) -> nn.Module:
@@ -110,7 +115,7 @@ class Sums:
         columns = {
             "library": [library for library, _, _ in self.rows],
             "written as": [written for _, written, _ in self.rows],
-            "relevance": [f"{total:+.4f}" for _, _, total in self.rows],
+            "relevance": [signed(total, 4) for _, _, total in self.rows],
             "over the output": [f"{total / self.logit:.3f}" for _, _, total in self.rows],
         }
         return shown(pd.DataFrame(columns), "library")
@@ -145,7 +150,7 @@ def _captum(network: Residual, x: Tensor, sums: Sums) -> None:
     sums.rows.append((f"captum {version('captum')}", "h + g(h)", total))
     sums.told.append(
         f"**Captum** is off by {off:.4f} and raises no error; asked with `return_convergence_delta=True`, it reports "
-        f"{delta.item():+.4f}. It never sees the sum, which is no module."
+        f"{signed(delta.item(), 4)}. It never sees the sum, which is no module."
     )
 
 

@@ -13,13 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from athena.book.tables import percent, shown
+from athena.book.tables import percent, shown, signed
 from athena.evaluation import Flipping, localisation, pixel_flipping, randomisation
 from athena.experiments import models, statistics
 from athena.experiments.data import Data
 from athena.relevance import lrp
 
-__all__ = ["Scores", "intervals", "measured", "narrowed", "network_told", "scores_shown", "scores_told", "trained"]
+__all__ = [
+    "Scores",
+    "best_told",
+    "intervals",
+    "measured",
+    "narrowed",
+    "network_told",
+    "scores_shown",
+    "scores_told",
+    "trained",
+]
 
 PART = 20
 """Images whose maps are looked at with random weights, which takes a map for each layer of each rule."""
@@ -153,14 +163,18 @@ def _edges(images: Tensor) -> Tensor:
 
 def intervals(scores: Scores) -> dict[str, dict[str, tuple[float, float, float]]]:
     """For each map the mean over the images of each score, in percent, with its 95 % interval."""
-    rows = {
+    return {
+        title: {what: statistics.summary(values.dropna()) for what, values in row.items()}
+        for title, row in _by_image(scores).items()
+    }
+
+
+def _by_image(scores: Scores) -> dict[str, dict[str, pd.Series]]:
+    """For each map and each score its value for every image, in percent."""
+    return {
         title: {"on the digit (%)": 100 * table["mass"], "best pixels (%)": 100 * table["rank"]}
         | {f"flipping, {fill}": 100 * flip.areas[title] for fill, flip in scores.flipped.items()}
         for title, table in scores.found.items()
-    }
-    return {
-        title: {what: statistics.summary(values.dropna()) for what, values in row.items()}
-        for title, row in rows.items()
     }
 
 
@@ -169,7 +183,7 @@ def scores_shown(scores: Scores) -> pd.DataFrame:
     rows = []
     for title, row in intervals(scores).items():
         written = {what: f"{centre:.0f} [{low:.0f}, {high:.0f}]" for what, (centre, low, high) in row.items()}
-        likeness = ", ".join(f"{round(float(value), 2) + 0.0:+.2f}" for value in scores.likeness.get(title, []))
+        likeness = ", ".join(signed(round(float(value), 2) + 0.0) for value in scores.likeness.get(title, []))
         rows.append({"map": title, **written, "random weights": likeness})
     return shown(pd.DataFrame(rows), "map")
 
@@ -178,46 +192,59 @@ def scores_told(scores: Scores) -> tuple[str, str]:
     """How to read the scores, and what they say: two paragraphs, the second a list."""
     chance = 100 * next(iter(scores.found.values()))["chance"].mean()
     order = [f"{(100 * flip.areas['random']).mean():.0f}" for flip in scores.flipped.values()]
-    row = intervals(scores)
-    sentences = [_best(row, scores, what) for what in row[scores.methods[0]]]
+    by_image = _by_image(scores)
+    sentences = [best_told(by_image, scores, what) for what in by_image[scores.methods[0]]]
     last, methods = scores.likeness, scores.methods
     assert last["control: edges"]["spearman"] > 0.999
     likest = max(methods, key=lambda title: last[title]["spearman"])
     sizes = [last[title]["absolute"] for title in methods]
     sentences.append(
         f"**Random weights**: signs included, the map of {likest} is the one most like what it was "
-        f"({last[likest]['spearman']:+.2f}); the sizes alone are alike to {min(sizes):+.2f} to {max(sizes):+.2f}, "
-        "partly because the image itself is in every map. A map of edges does not change at all."
+        f"({signed(last[likest]['spearman'])}); the sizes alone are alike to {signed(min(sizes))} to "
+        f"{signed(max(sizes))}, partly because the image itself is in every map. A map of edges does not change at all."
     )
     areas = {fill: {title: flip.areas[title].mean() for title in methods} for fill, flip in scores.flipped.items()}
     ranks = pd.DataFrame(areas).rank()
     agreement, best = ranks.corr().to_numpy()[0, 1], ranks.idxmin()
     sentences.append(
         f"**The two ways of pixel flipping {'rank the rules alike' if agreement > 0.5 else 'do not agree'}**: their "
-        f"rankings of the {len(methods)} rules have a rank correlation of {agreement:+.2f}, and the best is "
+        f"rankings of the {len(methods)} rules have a rank correlation of {signed(agreement)}, and the best is "
         f"{best.iloc[0]} with the {best.index[0]} and {best.iloc[1]} with {best.index[1]}. What flipping measures "
         "depends on what takes a pixel's place."
     )
     return (
         f"{scores.images} digits that the network recognises ({min(PART, scores.images)} of them for random weights); "
-        "brackets are 95 % intervals of the mean over the images. More is better in the first two columns, less in the "
+        "brackets are 95 % intervals of the mean over the images. Two maps are compared image by image, and one is "
+        "called better where the 95 % interval of the mean difference lies on the better side of 0, uncorrected for "
+        "the number of comparisons. More is better in the first two columns, less in the "
         f"others. Chance is {chance:.0f} in the first two; pixels in random order give {' and '.join(order)} in the "
         "next two.",
         "\n".join(f"- {sentence}" for sentence in sentences),
     )
 
 
-def _best(row: Mapping[str, Mapping[str, tuple[float, float, float]]], scores: Scores, what: str) -> str:
-    """The best rule and the best control by one score, with what their intervals allow to say."""
+def best_told(by_image: Mapping[str, Mapping[str, pd.Series]], scores: Scores, what: str) -> str:
+    """The best rule and the best control by one score, and what the differences on the same images allow to say.
+
+    Args:
+        by_image: for each map and each score its value for every image.
+        scores: which maps are of rules and which are controls.
+        what: the score.
+    """
     sign = 1 if "(%)" in what else -1  # of a probability along the way less is better
-    mean = {title: sign * own[what][0] for title, own in row.items()}
-    bounds = {title: sorted((sign * own[what][1], sign * own[what][2])) for title, own in row.items()}
+    own = {title: sign * row[what] for title, row in by_image.items()}
+    mean = {title: values.mean() for title, values in own.items()}
     best, rival = max(scores.methods, key=mean.__getitem__), max(scores.controls, key=mean.__getitem__)
-    overlap = sum(bounds[title][1] >= bounds[best][0] for title in scores.methods) - 1
-    clear = sum(bounds[title][0] > bounds[rival][1] for title in scores.methods)
+
+    def better(one: str, other: str) -> bool:
+        _, low, _ = statistics.summary((own[one] - own[other]).dropna())
+        return low > 0
+
+    beaten = sum(better(best, title) for title in scores.methods if title != best)
+    clear = sum(better(title, rival) for title in scores.methods)
     return (
-        f"**{what.partition(' (')[0].capitalize()}**: the best mean is that of {best}; the intervals of "
-        f"{overlap or 'none'} of the other {len(scores.methods) - 1} rules overlap with its own. The best control is "
+        f"**{what.partition(' (')[0].capitalize()}**: the best mean is that of {best}, which is better than "
+        f"{beaten or 'none'} of the other {len(scores.methods) - 1} rules. The best control is "
         f"{rival.removeprefix('control: ')}; {clear or 'none'} of the {len(scores.methods)} rules "
-        f"{'lies' if clear == 1 else 'lie'} wholly on the better side of its interval."
+        f"{'is' if clear == 1 else 'are'} better than it."
     )

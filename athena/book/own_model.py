@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from athena.book import figures
-from athena.book.tables import shown
+from athena.book.tables import shown, signed
 from athena.relevance import Relevance
 
 __all__ = ["account", "channels", "networks_shown", "refused_told"]
@@ -25,9 +25,9 @@ def account(title: str, explained: Relevance) -> dict[str, str]:
     assert abs(start - kept - lost) < 1e-3 * max(abs(start), abs(lost))
     return {
         "model": title,
-        "output explained": f"{start:.2f}",
-        "reaches the input": f"{kept:.2f}",
-        "kept on the way": f"{lost:.2f}",
+        "output explained": _minus(f"{start:.2f}"),
+        "reaches the input": _minus(f"{kept:.2f}"),
+        "kept on the way": _minus(f"{lost:.2f}"),
     }
 
 
@@ -40,7 +40,7 @@ def channels(picture: Tensor, maps: Mapping[str, Tensor]) -> Figure:
         for axis, (title, part) in zip(axes[1:], maps.items(), strict=True):
             limit = part.abs().max().item() or 1
             axis.imshow(part[0, 0], cmap=figures.RELEVANCE, vmin=-limit, vmax=limit)
-            axis.set_title(f"{title}\n{part.sum():+.2f}", fontsize=8)
+            axis.set_title(f"{title}\n{signed(part.sum().item())}", fontsize=8)
         for axis in axes:
             axis.set(xticks=[], yticks=[])
             axis.grid(visible=False)
@@ -52,11 +52,15 @@ def networks_shown(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     columns = {
         "network": [row["network"] for row in rows],
         "parameters": [f"{row['parameters']:,}" for row in rows],
-        "reaches the input": ["refused" if "refused" in row else f"{row['reaches']:.2g}" for row in rows],
-        "missing": ["" if "refused" in row else f"{row['account']:.0e}" for row in rows],
-        "size": ["" if "refused" in row else f"{row['size']:.2g}" for row in rows],
+        "reaches the input": ["refused" if "refused" in row else _minus(f"{row['reaches']:.2g}") for row in rows],
+        "missing": ["" if "refused" in row else _minus(f"{row['account']:.0e}") for row in rows],
+        "size": ["" if "refused" in row else _minus(f"{row['size']:.2g}") for row in rows],
     }
     return shown(pd.DataFrame(columns), "network")
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def refused_told(rows: Sequence[Mapping[str, Any]]) -> list[str]:

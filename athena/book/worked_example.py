@@ -21,7 +21,6 @@ __all__ = [
     "by_thesis",
     "drawn",
     "network",
-    "printed",
     "tie_told",
     "unsigned_epsilon",
     "weights_matter",
@@ -140,11 +139,6 @@ def unsigned_epsilon() -> pd.DataFrame:
         rows.append({"ε": f"{epsilon:g}", "ε without a sign": unsigned, "ε with the sign of z": signed})
         assert 0 < out.input.item() < 1
     return shown(pd.DataFrame(rows), "ε")
-
-
-def printed(title: str, array: Tensor) -> None:
-    """Prints an array of two dimensions under its title."""
-    print(title, *(" ".join(f"{value + 0.0:5.3g}" for value in row) for row in array.tolist()), sep="\n")
 
 
 def winner_told(image: Tensor, kernel: Tensor, forward: Tensor, won: Tensor) -> str:

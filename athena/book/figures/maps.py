@@ -248,19 +248,16 @@ def progress(
         for axis in axes[:, :2].flat:
             axis.remove()
         axis = figure.add_subplot(grid[:, :2])
-        later = []  # once both arms have learned something, the axis looks at what tells them apart
         for arm, colour, marker in (("plain", PLAIN, "o"), ("guided", GUIDED, "s")):
             for i, run in enumerate(curves.get(arm, ())):
                 done, accuracy = zip(*run, strict=True)
                 percent = [100 * value for value in accuracy]
-                later += [value for at, value in zip(done, percent, strict=True) if at > 0.15 * epochs]
                 label = arm if i == 0 else None
                 axis.plot(
                     done, percent, marker=marker, markersize=2.5, linewidth=1.2, color=colour, label=label, alpha=0.8
                 )
-        axis.set(
-            xlim=(0, epochs), ylim=(max(0, min(later, default=0) - 5), 101), xlabel="epochs", ylabel="test accuracy (%)"
-        )
+        axis.set(xlim=(0, epochs), ylim=(0, 101), yticks=range(0, 101, 20))  # the same in every picture of a run
+        axis.set(xlabel="epochs", ylabel="test accuracy (%)")
         if axis.lines:
             axis.legend(loc="lower right")
         most = relevance_limit(*(_array(relevance)[None] for relevance in maps.values())) if maps else 1.0

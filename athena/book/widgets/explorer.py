@@ -16,6 +16,7 @@ from athena.book.widgets.slider import frames, png
 RULES = ("Epsilon(1e-06)", "Zero()", "Gamma(0.25)", "ZPlus()", "AlphaBeta(2, 1)", "Flat()")
 NARROW = {"description_width": "initial"}
 WIDE = {"width": "100%", "max_width": "924px"}
+WRAPPED = {"flex_flow": "row wrap", "max_width": "924px"}
 
 
 class Explorer(ABC):
@@ -45,12 +46,15 @@ class Explorer(ABC):
 
     def figure(self) -> Figure | None:
         """What a built page shows above the slider, for readers without JavaScript; None where this is live."""
-        return None if served() else self._stops()[self._first()]
+        if served():
+            return None
+        name, _, stops = self.moved
+        return self._stops()[written(self.values[name])] if self.values[name] in stops else self.picture()
 
     def _first(self) -> str:
-        """Where the slider of a built page begins."""
+        """Where the slider of a built page begins: at another picture than the one above it."""
         name, _, stops = self.moved
-        return written(self.values[name] if self.values[name] in stops else stops[0])
+        return written(next((stop for stop in reversed(stops) if stop != self.values[name]), stops[0]))
 
     def _stops(self) -> dict[str, Figure]:
         """The picture for each stop of `moved`, drawn once."""
@@ -69,8 +73,13 @@ class Explorer(ABC):
             raise TypeError(f"there is no choice called {', '.join(sorted(unknown))}, but {', '.join(self.values)}")
         return self.values | given
 
-    def _panel(self, controls: Mapping[str, Any], *more: ipywidgets.Widget) -> ipywidgets.VBox:
-        """Controls that set `values`, a line for messages and the picture, with `more` between."""
+    def _panel(
+        self, controls: Mapping[str, Any], *more: ipywidgets.Widget, seldom: Sequence[str] = ()
+    ) -> ipywidgets.VBox:
+        """Controls that set `values`, a line for messages and the picture, with `more` between.
+
+        Those named in `seldom` are folded away. The picture has no place before the first is drawn.
+        """
 
         def follow(name: str) -> Callable[[Any], None]:
             return lambda change: self.values.update({name: change["new"]})
@@ -79,9 +88,15 @@ class Explorer(ABC):
             control.style, control.layout.width = NARROW, "300px"
             control.observe(follow(name), "value")
         self._message = ipywidgets.HTML()
-        self._image = ipywidgets.Image(format="png", layout=WIDE)
-        row = ipywidgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap", "max_width": "924px"})
-        return ipywidgets.VBox([row, *more, self._message, self._image])
+        self._image = ipywidgets.Image(format="png", layout=WIDE | {"display": "none"})
+        rows = [
+            ipywidgets.HBox(
+                [control for name, control in controls.items() if (name in seldom) is folded], layout=WRAPPED
+            )
+            for folded in (False, True)
+        ]
+        fold = [ipywidgets.Accordion([rows[1]], titles=("more settings",), layout=WIDE)] if seldom else []
+        return ipywidgets.VBox([rows[0], *fold, *more, self._message, self._image])
 
     def _say(self, text: str) -> None:
         self._message.value = html.escape(text)
@@ -92,6 +107,7 @@ class Explorer(ABC):
         self._message.value = f'<span role="alert" style="color: #b3261e">{said}</span>'
 
     def _draw(self, figure: Figure) -> None:
+        self._image.layout.display = None
         self._image.value = png(figure, reduced=False)  # nothing is kept, and reducing takes longer than drawing
 
     def _ipython_display_(self) -> None:

@@ -45,16 +45,24 @@ class RelevanceExplorer(Explorer):
         classes = [("the network's answer", None), *((str(stop), stop) for stop in self.moved[2])]
         controls = {
             "image": ipywidgets.IntSlider(
-                value=self.values["image"], min=0, max=len(self.images) - 1, description="image"
+                value=self.values["image"],
+                min=0,
+                max=len(self.images) - 1,
+                description="image",
+                tooltip="which of the images is explained",
             ),
             # by index: a Dropdown takes the value None for no choice at all
             "target": ipywidgets.Dropdown(
                 options=classes,
                 index=[value for _, value in classes].index(self.values["target"]),
                 description="class",
+                tooltip="the class whose logit is shared out among the pixels",
             ),
             "rule": ipywidgets.Dropdown(
-                options=with_value(RULES, self.values["rule"]), value=self.values["rule"], description="rule"
+                options=with_value(RULES, self.values["rule"]),
+                value=self.values["rule"],
+                description="rule",
+                tooltip="how a layer shares relevance out among its inputs",
             ),
         }
         pad = Pad()
