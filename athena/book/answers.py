@@ -14,24 +14,30 @@ from typing import Any
 import pandas as pd
 
 from athena.book.answer import Answer, bound, more_pairs, tested, whole
-from athena.book.answers_beyond import is_it_relevance, search, shortcut, uses
+from athena.book.answers_beyond import further, is_it_relevance, search, shortcut, uses
 from athena.book.tables import SPACE, benchmark, percent, points, signed
 from athena.experiments import decisive, published, results, statistics
 from athena.experiments import shortcut as planted
 
 __all__ = [
-    *("EVERY", "Answer", "cifar", "further", "guidance", "is_it_relevance", "mnist", "search", "shortcut"),
-    *(
-        "bound",
-        "early_stopping_itself",
-        "in_short",
-        "stopping_linear",
-        "stopping_whole",
-        "story",
-        "tested",
-        "uses",
-        "whole",
-    ),
+    "EVERY",
+    "Answer",
+    "bound",
+    "cifar",
+    "early_stopping_itself",
+    "further",
+    "guidance",
+    "in_short",
+    "is_it_relevance",
+    "mnist",
+    "search",
+    "shortcut",
+    "stopping_linear",
+    "stopping_whole",
+    "story",
+    "tested",
+    "uses",
+    "whole",
 ]
 
 Shares = tuple[float, float]
