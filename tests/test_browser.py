@@ -166,7 +166,7 @@ def test_panels_of_a_chart_stand_side_by_side_or_on_a_phone_one_below_the_other(
     page, _ = opened(context, HTML / "06-mnist-factors.html")
     on_phone = page.viewport_size is not None and page.viewport_size["width"] == PHONE
     charts = page.locator(".panels:not([hidden])").all()
-    assert len(charts) > 2
+    assert len(charts) > 1
     for chart in charts:
         boxes = [box for panel in chart.locator(".panel").all() if (box := panel.bounding_box())]
         assert len(boxes) > 1
